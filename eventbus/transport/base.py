@@ -10,7 +10,8 @@ adapter (`tests/contract/test_transport.py`):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -144,6 +145,18 @@ class Transport(Protocol):
 
     def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> Consumer:
         """A consumer of *sources* that declares *topology* anew with each session."""
+
+    def browse(self, queue: str) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        """What is in *queue* now, oldest first, taken one at a time and held until the block is left.
+
+        Whatever was not acked by then goes back to its place. The iteration ends where the queue does. A missing
+        queue is a SetupError. (RabbitMQ: basic.get on a channel of its own, closed at the end; never a reject.)
+        """
+
+    def tail(self, exchange: str, pattern: str) -> AbstractAsyncContextManager[AsyncIterator[Delivery]]:
+        """Whatever *exchange* routes to *pattern* from now on, through a private, exclusive, auto-delete queue
+        `<exchange>.tail.<random>`, acked by itself. It ends with a TransportError when the connection does.
+        """
 
     async def close(self) -> None:
         """Disconnect; outstanding publishes fail."""
