@@ -1,0 +1,116 @@
+"""What a handler may know about its delivery, and do: publish follow-up events whose ids do not change.
+
+A handler runs at least once, so it may publish the same follow-up twice. The ids are derived from the cause, so that
+whoever handles the follow-up recognises the second copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Generic
+from uuid import UUID
+
+from typing_extensions import TypeVar
+
+from eventbus.envelope import Envelope, enclose
+from eventbus.event import Event
+
+S = TypeVar("S", default=Any)  # what the service's lifespan yields; Any where there is none, as in `Context` alone
+Publish = Callable[[Envelope, timedelta | None], Awaitable[None]]
+
+
+class Context(Generic[S]):
+    """One attempt of one handler at one event. `state` is what the service's lifespan yielded."""
+
+    __slots__ = ("_attempt", "_counter", "_envelope", "_handler", "_publish", "_service", "_source", "_state")
+
+    def __init__(
+        self, envelope: Envelope, *, attempt: int, identity: tuple[str, str, str], state: S, publish: Publish
+    ) -> None:
+        """*identity* is the service, the handler and the source of the service's own events."""
+        self._envelope = envelope
+        self._attempt = attempt
+        self._service, self._handler, self._source = identity
+        self._state = state
+        self._publish = publish
+        self._counter: Counter[str] | None = None
+
+    @property
+    def envelope(self) -> Envelope:
+        """The event's CloudEvents attributes and its data as it came."""
+        return self._envelope
+
+    @property
+    def attempt(self) -> int:
+        """1 on the first delivery."""
+        return self._attempt
+
+    @property
+    def service(self) -> str:
+        """The service's name."""
+        return self._service
+
+    @property
+    def handler(self) -> str:
+        """The handler's name: its identity in retries, dead letters and idempotency keys."""
+        return self._handler
+
+    @property
+    def state(self) -> S:
+        """What the service's lifespan yielded; None without one."""
+        return self._state
+
+    async def publish(
+        self,
+        event: Event | Envelope,
+        *,
+        id: str | None = None,
+        subject: str | None = None,
+        delay: timedelta | None = None,
+        extensions: Mapping[str, str | int | bool] | None = None,
+    ) -> Envelope:
+        """Publish a follow-up and return its envelope once the broker has confirmed.
+
+        It carries the cause's id as `causationid` and the first event's as `correlationid`. Without *id* its id is
+        derived from the cause, so that a second run of this handler publishes the same one; a handler that publishes
+        several equal events gets them told apart by their order.
+
+        Raises:
+            PublishError: not confirmed. EnvelopeError: it can never be sent.
+        """
+        envelope = self._enclose(event, id, subject, extensions or {})
+        await self._publish(envelope, delay)
+        return envelope
+
+    def _enclose(
+        self, event: Event | Envelope, id: str | None, subject: str | None, extensions: Mapping[str, str | int | bool]
+    ) -> Envelope:
+        cause = self._envelope
+        related = {"correlationid": cause.extensions.get("correlationid", cause.id), "causationid": cause.id}
+        if isinstance(event, Envelope):
+            changes = {name: value for name, value in (("id", id), ("subject", subject)) if value is not None}
+            return replace(event, extensions={**related, **event.extensions, **extensions}, **changes)
+        envelope = enclose(
+            event,
+            id=id or "derived below",
+            source=self._source,
+            time=datetime.now(UTC),
+            subject=subject,
+            extensions={**related, **extensions},
+        )
+        return envelope if id else replace(envelope, id=self._derived_id(envelope))
+
+    def _derived_id(self, envelope: Envelope) -> str:
+        cause = self._envelope
+        data = hashlib.sha256(envelope.data).hexdigest()
+        parts = [cause.source, cause.id, self._service, self._handler, envelope.type, data]
+        counter = self._counter = self._counter if self._counter is not None else Counter()
+        text = json.dumps(parts)
+        counter[text] += 1
+        digest = hashlib.sha256(f"{text} {counter[text]}".encode()).digest()
+        return str(UUID(bytes=digest[:16], version=5))

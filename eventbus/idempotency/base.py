@@ -1,0 +1,56 @@
+"""The port to an idempotency store: which events a handler has handled, and which it is handling now.
+
+A key is claimed before a handler runs, completed after it succeeded and freed after it did not. A claim carries a
+token: renewing, completing and freeing work only with the token of the claim that holds the key now, so that a worker
+that stalled past its lease cannot overwrite the one that took over. Claims are atomic: of two callers one gets `Mine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+# Long enough to outlive a slow loop turn, short enough that a crashed worker's events do not wait for long. A longer
+# handler's claim is renewed.
+LEASE = timedelta(seconds=30)
+KEEP_DONE = timedelta(days=7)
+
+
+@dataclass(frozen=True, slots=True)
+class Mine:
+    """The key is this caller's until the lease ends. *crashes* claims before it expired without being freed."""
+
+    token: str
+    crashes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Theirs:
+    """Somebody else's claim holds the key for *lease_left* more, unless renewed."""
+
+    lease_left: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """It was completed, and that is still remembered."""
+
+
+Claim = Mine | Theirs | Done
+
+
+class IdempotencyStore(Protocol):
+    """Remembers keys. Every method raises StoreError when the store does not answer; then nothing was changed."""
+
+    async def claim(self, key: str, lease: timedelta) -> Claim:
+        """Claim *key* until *lease* ends. A crash frees it then."""
+
+    async def renew(self, key: str, token: str, lease: timedelta) -> bool:
+        """Begin the lease anew; False if the claim is no longer this token's."""
+
+    async def complete(self, key: str, token: str, keep: timedelta) -> bool:
+        """Remember for *keep* that it is done; False if the claim is no longer this token's."""
+
+    async def free(self, key: str, token: str) -> bool:
+        """Give the key back, as if it had never been claimed; False if the claim is no longer this token's."""

@@ -1,0 +1,93 @@
+"""An idempotency store in this process: knows duplicates within one process, and forgets with it.
+
+Bounded: when it is full, the oldest completed keys are forgotten first. A live claim is never dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from datetime import timedelta
+
+from eventbus.clock import Clock, SystemClock
+from eventbus.errors import StoreError
+from eventbus.idempotency.base import Claim, Done, Mine, Theirs
+
+# About 250 bytes a key: a quarter of a gigabyte at the most.
+DEFAULT_MAX_KEYS = 1_000_000
+_DONE = Done()
+
+
+@dataclass(slots=True)
+class _Claimed:
+    token: str
+    ends_s: float
+    crashes: int
+
+
+class MemoryStore:
+    """Keeps at most *max_keys* keys."""
+
+    def __init__(self, *, max_keys: int = DEFAULT_MAX_KEYS, clock: Clock | None = None) -> None:
+        self._clock = clock or SystemClock()
+        self._max_keys = max_keys
+        self._claims: dict[str, _Claimed] = {}
+        self._done: dict[str, float] = {}  # key -> when it may be forgotten; in the order of completion
+        self._tokens = itertools.count(1)
+
+    async def claim(self, key: str, lease: timedelta) -> Claim:
+        now_s = self._clock.monotonic_s()
+        forget_s = self._done.get(key)
+        if forget_s is not None:
+            if forget_s > now_s:
+                return _DONE
+            del self._done[key]
+        lease_s = lease.total_seconds()
+        held = self._claims.get(key)
+        if held is not None and held.ends_s > now_s:
+            return Theirs(timedelta(seconds=held.ends_s - now_s))
+        if held is None and len(self._claims) + len(self._done) >= self._max_keys:
+            self._make_room(now_s)
+        crashes = 0 if held is None else held.crashes + 1
+        token = str(next(self._tokens))
+        self._claims[key] = _Claimed(token, now_s + lease_s, crashes)
+        return Mine(token, crashes)
+
+    async def renew(self, key: str, token: str, lease: timedelta) -> bool:
+        held = self._claims.get(key)
+        if held is None or held.token != token:
+            return False
+        held.ends_s = self._clock.monotonic_s() + lease.total_seconds()
+        return True
+
+    async def complete(self, key: str, token: str, keep: timedelta) -> bool:
+        held = self._claims.get(key)
+        if held is None or held.token != token:
+            return False
+        del self._claims[key]
+        self._done[key] = self._clock.monotonic_s() + keep.total_seconds()
+        return True
+
+    async def free(self, key: str, token: str) -> bool:
+        held = self._claims.get(key)
+        if held is None or held.token != token:
+            return False
+        del self._claims[key]
+        return True
+
+    def forget(self) -> None:
+        """Forget everything, claims included: a test's way to see what a store is good for."""
+        self._claims.clear()
+        self._done.clear()
+
+    def _make_room(self, now_s: float) -> None:
+        # The oldest tenth at a time, so that a full store does not pay for each claim.
+        oldest = list(itertools.islice(self._done, max(1, self._max_keys // 10)))
+        for key in oldest:
+            del self._done[key]
+        if not oldest:
+            expired = [key for key, held in self._claims.items() if held.ends_s <= now_s]
+            if not expired:
+                raise StoreError(f"the memory store is full: {self._max_keys} keys are claimed at once; raise max_keys")
+            for key in expired:
+                del self._claims[key]

@@ -1,0 +1,446 @@
+"""Who wants what: a Service and its subscriptions, as data.
+
+Nothing here runs anything. `on` only writes down what it was given; `Service.check` reads the annotations and reports
+every mistake with its place, all at once, when something is about to be started.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Generic, Never, get_args, get_origin
+
+from pydantic import BaseModel
+from typing_extensions import TypeVar
+
+from eventbus.context import S
+from eventbus.envelope import Envelope
+from eventbus.errors import EnvelopeError, SetupError
+from eventbus.event import NAME, Catalogue, Event, split_type
+from eventbus.retry import Retry
+from eventbus.topology import check_service_name, matches
+
+# A TypeVar bound to callables that take Never: every function of one or two parameters fits, whatever it is annotated
+# with, and the decorator returns it unchanged, without Any and without overloads.
+Handler = Callable[[Never], Awaitable[None]] | Callable[[Never, Never], Awaitable[None]]
+H = TypeVar("H", bound=Handler)
+Key = str | tuple[str, ...] | Callable[[Never], str]
+
+# 3.10 to 4.2 close the channel after 30 minutes without an ack; five are for the drain and the settlement.
+LONGEST_TIMEOUT = timedelta(minutes=25)
+DEFAULT_TIMEOUT = timedelta(seconds=30)
+
+_WHOLE_WORD = re.compile(r"[^.*#\s]+|\*|#")
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """What a handler can read, from its annotation: exactly one of the three."""
+
+    events: Mapping[str, type[Event]] | None = None  # by type
+    model: type[BaseModel] | None = None  # a plain model: whatever comes
+    envelope: bool = False
+
+    def __str__(self) -> str:
+        if self.events is not None:
+            return " | ".join(self.events)
+        return "envelope" if self.model is None else self.model.__name__
+
+
+class UnknownVersion(Exception):  # noqa: N818  # an outcome on its way to decide()
+    """A handler's annotation has no class for this event's type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """Event names, handler and policy, checked."""
+
+    handler: str
+    function: Callable[..., Awaitable[None]]
+    patterns: tuple[str, ...]
+    reads: Reads
+    takes_context: bool
+    retry: Retry
+    timeout: timedelta
+    key: Key | None
+    where: str
+
+    def wants(self, type_: str) -> bool:
+        """Whether an event of *type_* is this handler's."""
+        return any(matches(pattern, type_) for pattern in self.patterns)
+
+    def read(self, envelope: Envelope) -> BaseModel | Envelope:
+        """What the handler is called with.
+
+        Raises:
+            UnknownVersion: the annotation names no class for this type.
+            EnvelopeError: the data is not what the class says; its reason is `invalid-data`.
+        """
+        if self.reads.events is not None:
+            model = self.reads.events.get(envelope.type)
+            if model is None:
+                raise UnknownVersion(f"handler {self.handler!r} reads {self.reads}, not {envelope.type}")
+            return envelope.event(model)
+        return envelope if self.reads.model is None else envelope.event(self.reads.model)
+
+    def idempotency_key(self, service: str, envelope: Envelope, event: object) -> str:
+        """The key that tells this handler's work on this event from all other work.
+
+        Raises:
+            EnvelopeError: the event has no such value.
+        """
+        match self.key:
+            case None:
+                value = f"{envelope.source} {envelope.id}"
+            case str(name):
+                value = _field(event, name)
+            case tuple(names):
+                value = json.dumps([_field(event, name) for name in names])
+            case function:
+                value = _call(function, event)
+        return f"{service}/{self.handler}/{split_type(envelope.type)[0]}/{value}"
+
+
+def _field(event: object, name: str) -> str:
+    try:
+        return str(getattr(event, name))
+    except AttributeError:
+        raise EnvelopeError(f"the event has no field {name!r} to be its idempotency key", reason="invalid-data") from None
+
+
+def _call(function: Callable[..., object], event: object) -> str:
+    try:
+        value = function(event)
+    except Exception as error:
+        raise EnvelopeError(f"its idempotency key raised {type(error).__name__}", reason="invalid-data") from error
+    if not isinstance(value, str):
+        raise EnvelopeError(f"its idempotency key is a {type(value).__name__}, not a str", reason="invalid-data")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Registration:
+    """What `on` was given, unchecked."""
+
+    function: Callable[..., Awaitable[None]]
+    names: tuple[str | type[Event], ...]
+    retry: Retry | None
+    timeout: timedelta | None
+    key: Key | None
+    name: str | None
+    where: str
+    namespace: Mapping[str, object]
+
+
+class Service(Generic[S]):
+    """A set of handlers that share a queue.
+
+    *lifespan* is a function of the service that returns an async context manager; it is entered before the first
+    delivery, and what it yields is `context.state`. *prefetch* bounds what the broker hands out unsettled, per queue;
+    *concurrency* how many handlers run at a time. *retry* and *timeout* (25 minutes at most) hold for every handler
+    that does not say otherwise. Events that handlers publish come from *source*, `/services/<name>` by default.
+
+    Raises:
+        SetupError: a value that can never work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        retry: Retry = Retry(),
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        lifespan: Callable[[Service[Any]], AbstractAsyncContextManager[S]] | None = None,
+        prefetch: int = 100,
+        concurrency: int = 100,
+        catalogue: Catalogue | None = None,
+        source: str | None = None,
+    ) -> None:
+        check_service_name(name)
+        if not 1 <= prefetch <= 65_535:
+            raise SetupError(f"service {name!r}: prefetch={prefetch} must be between 1 and 65535")
+        if concurrency < 1:
+            raise SetupError(f"service {name!r}: concurrency={concurrency} must be at least 1")
+        if problem := _timeout_problem(timeout):
+            raise SetupError(f"service {name!r}: {problem}")
+        self._name = name
+        self.retry = retry
+        self.timeout = timeout
+        self.lifespan = lifespan
+        self.prefetch = prefetch
+        self.concurrency = concurrency
+        self.catalogue = catalogue
+        self.source = source or f"/services/{name}"
+        self._registrations: list[_Registration] = []
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def __repr__(self) -> str:
+        return f"Service({self._name!r})"
+
+    def on(
+        self,
+        *names: str | type[Event],
+        retry: Retry | None = None,
+        timeout: timedelta | None = None,
+        idempotency_key: Key | None = None,
+        name: str | None = None,
+    ) -> Callable[[H], H]:
+        """Subscribe an `async def` of `(event)` or `(event, context)`; the function is returned unchanged.
+
+        *names*: an event's name (every version of it), a type such as `order_placed.v1`, an event class (its own
+        version), or an AMQP pattern over types in which `*` and `#` are whole words (`payments.#`). What the handler
+        can read is its first annotation: an event class, a union of them, a pydantic model, or `Envelope`.
+
+        *idempotency_key* names the field, the fields or a function of the event that tells one piece of work from
+        another, in place of the event's source and id: a second event of the same name with an equal key within seven
+        days is dropped as a duplicate, on purpose.
+
+        The handler is known by *name*, or its own: renaming it makes retries and dead letters that name it homeless.
+        """
+
+        def register(function: H) -> H:
+            frame = sys._getframe(1)  # handlers defined inside a function: their annotations name its locals
+            code = getattr(function, "__code__", None)
+            where = f"{code.co_filename}:{code.co_firstlineno}" if code else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            self._registrations.append(
+                _Registration(function, names, retry, timeout, idempotency_key, name, where, frame.f_locals)
+            )
+            return function
+
+        return register
+
+    def replace(self, *, lifespan: Callable[[Service[Any]], AbstractAsyncContextManager[S]]) -> Service[S]:
+        """This service with another *lifespan*: the same handlers on other resources, for tests."""
+        other = copy.copy(self)
+        other.lifespan = lifespan
+        return other
+
+    def subscriptions(self) -> tuple[Subscription, ...]:
+        """What this service wants.
+
+        Raises:
+            SetupError: naming every mistake, one a line.
+        """
+        subscriptions, mistakes = self.check()
+        if mistakes:
+            raise SetupError("\n".join(mistakes))
+        return subscriptions
+
+    def check(self) -> tuple[tuple[Subscription, ...], list[str]]:
+        """The subscriptions that are right, and a line with file and line number for each mistake."""
+        good: list[Subscription] = []
+        mistakes: list[str] = []
+        for registration in self._registrations:
+            problems: list[str] = []
+            subscription = _check(self, registration, problems)
+            handler = registration.name or getattr(registration.function, "__name__", repr(registration.function))
+            if any(handler == other.handler for other in good):
+                problems.append(f"a second handler called {handler!r}: give one of them name=...")
+            mistakes += [f"{registration.where}: {self._name}.{handler}: {problem}" for problem in problems]
+            if subscription is not None and not problems:
+                good.append(subscription)
+        if not self._registrations:
+            mistakes.append(f"service {self._name!r} subscribes to nothing: decorate a handler with @{self._name}.on(...)")
+        return tuple(good), mistakes
+
+
+def check_all(services: tuple[Service[Any], ...]) -> dict[str, tuple[Subscription, ...]]:
+    """The subscriptions of *services*, by service name.
+
+    Raises:
+        SetupError: every mistake of all services, one a line.
+    """
+    checked: dict[str, tuple[Subscription, ...]] = {}
+    mistakes: list[str] = []
+    if not services:
+        mistakes.append("no service to run: give at least one")
+    for service in services:
+        if service.name in checked:
+            mistakes.append(f"two services are called {service.name!r}: they would share a queue and split its events")
+        checked[service.name], more = service.check()
+        mistakes += more
+    if mistakes:
+        raise SetupError("\n".join(mistakes))
+    return checked
+
+
+def _timeout_problem(timeout: timedelta) -> str | None:
+    if timeout <= timedelta(0):
+        return f"timeout={timeout} must be longer than zero"
+    if timeout > LONGEST_TIMEOUT:
+        return (
+            f"timeout={timeout} is over {LONGEST_TIMEOUT}: brokers up to 4.2 close the channel of a delivery that is "
+            "not acked within 30 minutes; split the work, or hand it on with an event"
+        )
+    return None
+
+
+def _check(service: Service[Any], given: _Registration, problems: list[str]) -> Subscription | None:
+    handler = given.name or getattr(given.function, "__name__", "")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}", handler):
+        problems.append(f"{handler!r} is no name for a handler: give name='...' in letters, digits, '_', '.' and '-'")
+    if given.timeout is not None and (problem := _timeout_problem(given.timeout)):
+        problems.append(problem)
+    patterns = [p for name in given.names if (p := _pattern(name, service.catalogue, problems)) is not None]
+    if not given.names:
+        problems.append("no event is named: on('order_placed'), on(OrderPlaced) or on('#')")
+    reads, takes_context = _signature(given, problems)
+    if reads is None or problems:
+        return None
+    _check_names_against_annotation(given.names, patterns, reads, problems)
+    _check_key(given.key, reads, problems)
+    return Subscription(
+        handler=handler,
+        function=given.function,
+        patterns=tuple(dict.fromkeys(patterns)),
+        reads=reads,
+        takes_context=takes_context,
+        retry=given.retry or service.retry,
+        timeout=given.timeout or service.timeout,
+        key=given.key,
+        where=given.where,
+    )
+
+
+def _pattern(name: str | type[Event], catalogue: Catalogue | None, problems: list[str]) -> str | None:
+    """The binding pattern of what `on` was given; None after a problem."""
+    if isinstance(name, type) and issubclass(name, Event):
+        if not hasattr(name, "event_type"):
+            problems.append(f"{name.__name__} is no event of its own: subscribe to its subclasses")
+            return None
+        if catalogue is not None and catalogue.find(name.event_type) is not name:
+            problems.append(f"{name.__name__} ({name.event_type}) is not in the service's catalogue: add it there")
+        return name.event_type
+    if not isinstance(name, str):
+        problems.append(f"{name!r} is neither an event class nor a name")
+        return None
+    words = name.split(".")
+    if not all(_WHOLE_WORD.fullmatch(word) for word in words):
+        problems.append(_why_no_word(name))
+        return None
+    if "*" in words or "#" in words:
+        if catalogue is not None and not any(matches(name, known) for known in catalogue.types):
+            problems.append(f"the pattern {name!r} matches no event of the catalogue ({', '.join(catalogue.types)})")
+        return name
+    base, version = split_type(name)
+    if catalogue is not None:
+        known = catalogue.versions(base)
+        if not known:
+            guess = catalogue.suggest(base)
+            hint = f": did you mean {guess!r}?" if guess else f" ({', '.join(catalogue.names)})"
+            problems.append(f"no event {base!r} in the catalogue{hint}")
+        elif version is not None and version not in known:
+            versions = ", ".join(f"v{v}" for v in known)
+            problems.append(
+                f"no event {base!r} v{version} in the catalogue (known: {versions}): add it, or deploy the newer schemas"
+            )
+    elif not re.fullmatch(NAME, base):
+        problems.append(f"{name!r} is no event name: snake_case words joined by dots, for example 'order_placed'")
+    return name if version is not None else f"{name}.*"
+
+
+def _why_no_word(name: str) -> str:
+    if "*" in name or "#" in name:
+        return (
+            f"{name!r}: a wildcard stands for whole words between dots ('payments.*', '#'); AMQP cannot match a part "
+            "of a word, so list the names instead"
+        )
+    return f"{name!r} has an empty word or a space in it: snake_case words joined by dots"
+
+
+def _signature(given: _Registration, problems: list[str]) -> tuple[Reads | None, bool]:
+    function = given.function
+    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+        problems.append("a handler is an `async def`; put blocking work into `await asyncio.to_thread(...)` inside it")
+        return None, False
+    try:
+        parameters = [
+            p
+            for p in inspect.signature(function).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+        hinted = function if inspect.isroutine(function) else getattr(function, "func", type(function).__call__)
+        hints = typing.get_type_hints(hinted, localns=dict(given.namespace))
+    except (NameError, TypeError, ValueError) as error:
+        problems.append(f"its annotations cannot be read: {error}; import the names at module level, not for types only")
+        return None, False
+    if not 1 <= len(parameters) <= 2 or len(required) > len(parameters):
+        problems.append("a handler takes (event) or (event, context)")
+        return None, False
+    annotation = hints.get(parameters[0].name)
+    reads = _reads(annotation)
+    if reads is None:
+        shown = "nothing" if annotation is None else repr(annotation)
+        problems.append(
+            f"its first parameter is annotated with {shown}: say an event class, a union of event classes, a pydantic "
+            "model or Envelope"
+        )
+    return reads, len(parameters) == 2
+
+
+def _reads(annotation: object) -> Reads | None:
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        members = get_args(annotation)
+    elif get_origin(annotation) is typing.Annotated:
+        return _reads(get_args(annotation)[0])
+    else:
+        members = (annotation,)
+    if members == (Envelope,):
+        return Reads(envelope=True)
+    classes = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
+    if len(classes) != len(members):
+        return None
+    events = {m.event_type: m for m in classes if issubclass(m, Event) and hasattr(m, "event_type")}
+    if len(events) == len(members):
+        return Reads(events=events)
+    if len(classes) == 1 and not issubclass(classes[0], Event):
+        return Reads(model=classes[0])
+    return None
+
+
+def _check_names_against_annotation(
+    names: tuple[str | type[Event], ...], patterns: list[str], reads: Reads, problems: list[str]
+) -> None:
+    """A handler that could read nothing of what it asks for would dead-letter all of it."""
+    if reads.events is None:
+        return
+    for name, pattern in zip(names, patterns, strict=True):
+        if not any(matches(pattern, type_) for type_ in reads.events):
+            shown = name if isinstance(name, str) else name.__name__
+            problems.append(f"it subscribes to {shown!r} but its annotation reads only {reads}")
+    for type_, model in reads.events.items():
+        if not any(matches(pattern, type_) for pattern in patterns):
+            problems.append(f"its annotation reads {model.__name__} ({type_}), which it does not subscribe to")
+
+
+def _check_key(key: Key | None, reads: Reads, problems: list[str]) -> None:
+    if key is None or callable(key):
+        return
+    if reads.envelope:
+        problems.append("idempotency_key names a field, but the handler takes an Envelope: give a function of it")
+        return
+    models: list[type[BaseModel]] = list(reads.events.values()) if reads.events is not None else []
+    if reads.model is not None:
+        models.append(reads.model)
+    fields = (key,) if isinstance(key, str) else key
+    if not fields:
+        problems.append("idempotency_key=() names no field")
+    problems += [
+        f"idempotency_key names {field!r}, which {model.__name__} does not have"
+        for model in models
+        for field in fields
+        if field not in model.model_fields and not hasattr(model, field)
+    ]
