@@ -1,0 +1,303 @@
+"""The transport of `memory://`: the port over a broker inside the process.
+
+The one rule: a broker belongs to its holders and to one event loop. Brokers are found by name, hold nothing once the
+last transport and consumer have let go, and never reach another process.
+
+    memory://                            the process's own broker
+    memory://NAME                        another one
+    memory://NAME?max_messages=100000    it takes at most this many messages
+
+A publish that finds the broker full waits until there is room. A session cannot end without the process, so `resume`
+needs no care and consumes at full prefetch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Self
+from urllib.parse import parse_qsl, urlsplit
+from weakref import WeakValueDictionary
+
+from eventbus.clock import Clock
+from eventbus.errors import SetupError, hide_password
+from eventbus.message import Headers, Message
+from eventbus.topology import Topology
+from eventbus.transport.base import Broker, Declare, NotPublished, Publication, Source, Unpublishable
+from eventbus.transport.memory_broker import DEFAULT_MAX_MESSAGES, MemoryBroker, QueueConsumer
+
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # the default of RabbitMQ 4
+_MAX_KEY_BYTES = 255  # AMQP 0-9-1, short string
+_MAX_HEADER_NAME_BYTES = 128  # AMQP 0-9-1, section 4.2.5.5
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.1
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]*")
+_brokers: WeakValueDictionary[str, MemoryBroker] = WeakValueDictionary()
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """What an URL says."""
+
+    name: str
+    max_messages: int
+
+    @classmethod
+    def of(cls, url: str) -> Self:
+        try:
+            parts = urlsplit(url)
+            options = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True) if parts.query else []
+        except ValueError as error:
+            raise _malformed(url, str(error)) from error
+        if parts.scheme != "memory" or parts.path not in ("", "/") or parts.fragment or "://" not in url:
+            raise _malformed(url, "it has other parts than a name and options")
+        if not _NAME.fullmatch(parts.netloc):
+            raise _malformed(url, "a name is made of letters, digits, '_', '.' and '-'")
+        limit = DEFAULT_MAX_MESSAGES
+        for position, (option, value) in enumerate(options):
+            if option != "max_messages" or position:
+                raise _malformed(url, f"{option!r} is no option of it, or given twice")
+            if not re.fullmatch(r"[1-9][0-9]{0,11}", value):
+                raise _malformed(url, f"max_messages={value!r} is no number above 0")
+            limit = int(value)
+        return cls(parts.netloc, limit)
+
+    def find(self, clock: Clock | None) -> MemoryBroker:
+        """The broker of this name; a fresh one where nobody uses it.
+
+        Raises:
+            SetupError: it is in use with another limit or another clock.
+        """
+        broker = _brokers.get(self.name)
+        if broker is None or broker.is_abandoned:
+            broker = _brokers[self.name] = MemoryBroker(clock=clock, max_messages=self.max_messages)
+        if broker.max_messages != self.max_messages:
+            raise SetupError(
+                f"the embedded broker memory://{self.name} runs with max_messages={broker.max_messages}, "
+                f"not {self.max_messages}: use the same URL everywhere, or another name"
+            )
+        if clock is not None and broker.clock is not clock:
+            raise SetupError(f"the embedded broker memory://{self.name} runs on another clock: use another name")
+        return broker
+
+
+class MemoryTransport:
+    """The port, over the embedded broker that *url* names.
+
+    Raises:
+        SetupError: *url* is malformed, or has an option that does not exist.
+    """
+
+    def __init__(self, url: str, *, clock: Clock | None = None) -> None:
+        address = _Address.of(url)
+        self._find: Callable[[], MemoryBroker] = lambda: address.find(clock)
+        self._broker: MemoryBroker | None = None
+
+    @classmethod
+    def on_broker(cls, broker: MemoryBroker) -> Self:
+        """A transport over *broker*, which has no name: several can share it, and nobody else finds it."""
+        transport = cls("memory://")
+        transport._find = lambda: broker
+        return transport
+
+    @property
+    def broker(self) -> Broker:
+        if self._broker is None:
+            raise RuntimeError("who answers is known only after open()")
+        return Broker("embedded", importlib.metadata.version("eventbus"), "memory", None, MAX_MESSAGE_BYTES)
+
+    async def open(self, topology: Topology, declare: Declare) -> None:
+        broker = self._find()
+        broker.hold(self)
+        try:
+            broker.declare(topology, declare)
+        except BaseException:
+            broker.let_go(self)
+            raise
+        self._broker = broker
+
+    async def publish(self, publication: Publication, *, timeout_s: float) -> bool:
+        message = _storable(publication)
+        exchange, key = publication.exchange, publication.key
+        waits = _Waits(timeout_s)
+        while True:
+            broker = self._broker
+            if broker is None:
+                raise NotPublished("the transport is closed, or was never opened", maybe_stored=False)
+            if not broker.has_exchange(exchange):
+                raise NotPublished(f"there is no exchange {exchange!r}", maybe_stored=False)
+            queues = broker.route(exchange, key)
+            if not queues or broker.has_room_for(len(queues)):
+                break
+            await waits.one_more(broker)
+        broker.put(queues, message, exchange, key)
+        # As with any broker, others run before the confirm is seen: a loop that only publishes starves no consumer.
+        await asyncio.sleep(0)
+        return bool(queues)
+
+    def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> MemoryConsumer:
+        return MemoryConsumer(self._find, sources, topology, declare)
+
+    async def close(self) -> None:
+        if self._broker is not None:
+            self._broker.let_go(self)
+            self._broker = None
+
+
+class _Waits:
+    """Longer and longer waits for room, up to a deadline. Real time: deadlines guard against real hangs."""
+
+    __slots__ = ("_began_s", "_next_s", "_timeout_s")
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._next_s = _FIRST_WAIT_S
+        self._began_s: float | None = None
+
+    async def one_more(self, broker: MemoryBroker) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self._began_s is None:
+            self._began_s = now_s
+        left_s = self._began_s + self._timeout_s - now_s
+        if left_s <= 0:
+            raise NotPublished(
+                f"the embedded broker is full ({broker.size} messages, max_messages={broker.max_messages}) and had "
+                f"no room within {self._timeout_s:g} s: consume faster, or raise it in the URL",
+                maybe_stored=False,
+                timed_out=True,
+            )
+        await asyncio.sleep(min(self._next_s, left_s))
+        self._next_s = min(self._next_s * 2, _LONGEST_WAIT_S)
+
+
+class MemoryConsumer:
+    """Consumes queues of an embedded broker; the port says the rest."""
+
+    def __init__(
+        self, find: Callable[[], MemoryBroker], sources: Sequence[Source], topology: Topology, declare: Declare
+    ) -> None:
+        self._find = find
+        self._sources = tuple(sources)
+        self._topology = topology
+        self._declare = declare
+        self._broker: MemoryBroker | None = None
+        self._session: list[QueueConsumer] = []
+        self._has_stopped = asyncio.Event()
+
+    async def start(self) -> None:
+        broker = self._find()
+        broker.hold(self)
+        self._broker = broker
+        try:
+            self._begin_session(broker)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def stop(self) -> None:
+        for consumer in self._session:
+            consumer.cancel()
+        self._has_stopped.set()
+
+    async def pause(self) -> None:
+        for consumer in self._session:
+            consumer.close()
+        self._session = []
+
+    async def resume(self) -> None:
+        if self._broker is not None and not self._session and not self._has_stopped.is_set():
+            self._begin_session(self._broker)
+
+    async def wait(self) -> None:
+        await self._has_stopped.wait()
+
+    async def close(self) -> None:
+        await self.stop()
+        await self.pause()
+        if self._broker is not None:
+            self._broker.let_go(self)
+            self._broker = None
+
+    def _begin_session(self, broker: MemoryBroker) -> None:
+        broker.declare(self._topology, self._declare)
+        for source in self._sources:
+            self._session.append(broker.consume(source.queue, source.prefetch, source.deliver))
+
+
+def _storable(publication: Publication) -> Message:
+    """The message as the broker keeps it: checked, and shared with nobody.
+
+    Raises:
+        Unpublishable: AMQP could not carry it, so that it would fail on the day the URL changes.
+    """
+    message = publication.message
+    if len(message.body) > MAX_MESSAGE_BYTES:
+        raise Unpublishable(f"its body has {len(message.body)} bytes, and the broker takes at most {MAX_MESSAGE_BYTES}")
+    _check_text("the routing key", publication.key, _MAX_KEY_BYTES)
+    return Message(_table(message.headers), bytes(message.body), message.content_type, _table(message.properties))
+
+
+def _table(headers: Headers) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for name, value in headers.items():
+        _check_text("a header's name", name, _MAX_HEADER_NAME_BYTES)
+        result[name] = value if type(value) is str and value.isascii() else _carried(name, value)
+    return result
+
+
+def _carried(name: str, value: object) -> object:
+    """*value* as it arrives after a journey through AMQP, which knows bytes, whole seconds and UTC only."""
+    match value:
+        case None | bool() | float():
+            return value
+        case str():
+            _check_text(f"header {name!r}", value)
+            return value
+        case int() if -(2**63) <= value < 2**63:
+            return value
+        case Decimal() if _is_amqp_decimal(value):
+            return value
+        case bytes() | bytearray():
+            return bytes(value)
+        case datetime():
+            aware = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+            return aware.astimezone(UTC).replace(microsecond=0)
+        case list():
+            return [_carried(name, inner) for inner in value]
+        case dict():
+            return _table(value)
+        case int():
+            raise Unpublishable(f"header {name!r} is an integer of more than 64 bits: send it as a string")
+        case _:
+            raise Unpublishable(f"header {name!r} is a {type(value).__name__}, which AMQP does not carry as it is")
+
+
+def _is_amqp_decimal(value: Decimal) -> bool:
+    """Whether *value* is a 32 bit integer with at most 255 decimal places."""
+    exponent = value.as_tuple().exponent
+    if not isinstance(exponent, int) or exponent < -255 or exponent > 9:
+        return False
+    return -(2**31) <= int(value.scaleb(-min(exponent, 0))) < 2**31
+
+
+def _check_text(what: str, text: object, max_bytes: int | None = None) -> None:
+    if not isinstance(text, str):
+        raise Unpublishable(f"{what} is a {type(text).__name__}, not a string")
+    try:
+        length = len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError as error:
+        raise Unpublishable(f"{what} holds a character that is no Unicode text: {error.reason}") from error
+    if max_bytes is not None and length > max_bytes:
+        raise Unpublishable(f"{what} has {length} bytes, and AMQP takes at most {max_bytes}")
+
+
+def _malformed(url: str, why: str) -> SetupError:
+    return SetupError(
+        f"{hide_password(url)!r} is no URL of the embedded broker ({why}): "
+        f"use memory://, memory://NAME or memory://NAME?max_messages={DEFAULT_MAX_MESSAGES}"
+    )
