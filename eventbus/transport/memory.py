@@ -16,7 +16,9 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import re
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -25,15 +27,18 @@ from urllib.parse import parse_qsl, urlsplit
 from weakref import WeakValueDictionary
 
 from eventbus.clock import Clock
-from eventbus.errors import SetupError, hide_password
+from eventbus.errors import SetupError, TransportError, hide_password
 from eventbus.message import Headers, Message
 from eventbus.topology import Topology
-from eventbus.transport.base import Broker, Declare, NotPublished, Publication, Source, Unpublishable
-from eventbus.transport.memory_broker import DEFAULT_MAX_MESSAGES, MemoryBroker, QueueConsumer
+from eventbus.transport.base import Broker, Declare, Delivery, NotPublished, Publication, Source, Unpublishable
+from eventbus.transport.memory_broker import DEFAULT_MAX_MESSAGES, MemoryBroker
+from eventbus.transport.memory_queue import QueueConsumer
 
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # the default of RabbitMQ 4
 _MAX_KEY_BYTES = 255  # AMQP 0-9-1, short string
 _MAX_HEADER_NAME_BYTES = 128  # AMQP 0-9-1, section 4.2.5.5
+# A view is no ledger: one that reads this slowly misses the oldest, and never stops a publisher.
+_MAX_UNREAD = 10_000
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.1
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]*")
@@ -97,6 +102,7 @@ class MemoryTransport:
         address = _Address.of(url)
         self._find: Callable[[], MemoryBroker] = lambda: address.find(clock)
         self._broker: MemoryBroker | None = None
+        self._tails: set[_Tail] = set()
 
     @classmethod
     def on_broker(cls, broker: MemoryBroker) -> Self:
@@ -143,10 +149,77 @@ class MemoryTransport:
     def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> MemoryConsumer:
         return MemoryConsumer(self._find, sources, topology, declare)
 
+    @asynccontextmanager
+    async def browse(self, queue: str) -> AsyncIterator[AsyncIterator[Delivery]]:
+        taken: list[Delivery] = []
+        browser = self._opened().browser(queue, taken.append)
+        deliveries = _one_by_one(browser, taken)
+        try:
+            yield deliveries
+        finally:
+            await deliveries.aclose()
+            browser.close()
+
+    @asynccontextmanager
+    async def tail(self, exchange: str, pattern: str) -> AsyncIterator[AsyncIterator[Delivery]]:
+        broker = self._opened()
+        view = _Tail()
+        consumer = broker.tail(exchange, pattern, view.show)
+        deliveries = view.deliveries()
+        self._tails.add(view)
+        try:
+            yield deliveries
+        finally:
+            self._tails.discard(view)
+            await deliveries.aclose()
+            consumer.close()
+            broker.delete(consumer.queue.name)
+
     async def close(self) -> None:
+        while self._tails:
+            self._tails.pop().end()
         if self._broker is not None:
             self._broker.let_go(self)
             self._broker = None
+
+    def _opened(self) -> MemoryBroker:
+        if self._broker is None:
+            raise TransportError("the transport is closed, or was never opened: open it first")
+        return self._broker
+
+
+async def _one_by_one(browser: QueueConsumer, taken: list[Delivery]) -> AsyncGenerator[Delivery, None]:
+    while browser.queue.ready:
+        browser.queue.give_next(browser)
+        while taken:
+            yield taken.pop()
+
+
+class _Tail:
+    """What a live view has not read yet."""
+
+    def __init__(self) -> None:
+        self._unread: deque[Delivery] = deque(maxlen=_MAX_UNREAD)
+        self._has_news = asyncio.Event()
+        self._has_ended = False
+
+    def show(self, delivery: Delivery) -> None:
+        delivery.ack()
+        self._unread.append(delivery)
+        self._has_news.set()
+
+    def end(self) -> None:
+        self._has_ended = True
+        self._has_news.set()
+
+    async def deliveries(self) -> AsyncGenerator[Delivery, None]:
+        while True:
+            while self._unread:
+                yield self._unread.popleft()
+            if self._has_ended:
+                raise TransportError("the transport was closed, and with it this view")
+            self._has_news.clear()
+            await self._has_news.wait()
 
 
 class _Waits:
