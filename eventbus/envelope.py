@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel
+from pydantic_core import to_json as any_to_json
 
 from eventbus.errors import EnvelopeError
 from eventbus.event import Event, from_json, to_json
@@ -45,7 +46,8 @@ _RESERVED = frozenset(
 )
 _EXTENSION_NAME = re.compile(r"[a-z0-9]+")
 # What a CloudEvents string may not hold: control characters, lone surrogates, Unicode's non-characters.
-_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_NO_CHARACTERS = "".join(f"{chr(plane * 0x10000 + 0xFFFE)}{chr(plane * 0x10000 + 0xFFFF)}" for plane in range(17))
+_FORBIDDEN = re.compile(f"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_NO_CHARACTERS}]")
 _URI_REFERENCE = re.compile(r"(?:[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]{2})+")
 _JSON_TYPE = re.compile(r"(?:(?:application|text)/json|[^/;\s]+/[^;\s]+\+json)\s*(?:;.*)?", re.IGNORECASE | re.DOTALL)
 _RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
@@ -53,6 +55,9 @@ _CHARSET = re.compile(r";\s*charset\s*=\s*\"?([^\s;\"]+)", re.IGNORECASE)
 _UTF_8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _INT32 = range(-(2**31), 2**31)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NO_EXTENSIONS: Mapping[str, ExtensionValue] = MappingProxyType({})
+# Looked up rather than cut off the prefix: these are in every message.
+_ATTRIBUTE = {PREFIX + name: name for name in ("specversion", "id", "source", "type", "time", "subject", "dataschema")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,25 +77,25 @@ class Envelope:
     subject: str | None = None
     datacontenttype: str | None = JSON
     dataschema: str | None = None
-    extensions: Mapping[str, ExtensionValue] = field(default_factory=dict, hash=False)
+    extensions: Mapping[str, ExtensionValue] = field(default_factory=lambda: _NO_EXTENSIONS, hash=False)
     data: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         _check_text("id", self.id)
         _check_text("type", self.type)
-        _check_text("source", self.source)
         _check_uri_reference("source", self.source)
         if self.subject is not None:
             _check_text("subject", self.subject)
-        if self.datacontenttype is not None:
+        if self.datacontenttype is not None and self.datacontenttype != JSON:
             _check_text("datacontenttype", self.datacontenttype)
         if self.dataschema is not None:
-            _check_text("dataschema", self.dataschema)
             _check_uri_reference("dataschema", self.dataschema)
         if not isinstance(self.data, bytes):
-            _refuse("data", f"is {_kind(self.data)}, not bytes")
-        object.__setattr__(self, "time", _in_utc(self.time))
-        object.__setattr__(self, "extensions", _checked_extensions(self.extensions))
+            _refuse("data", f"is {_kind(self.data)}: give bytes")
+        if (time := _in_utc(self.time)) is not self.time:
+            object.__setattr__(self, "time", time)
+        if self.extensions is not _NO_EXTENSIONS:
+            object.__setattr__(self, "extensions", _checked_extensions(self.extensions))
 
     def event(self, model: builtins.type[M]) -> M:
         """The data read as *model*.
@@ -99,7 +104,7 @@ class Envelope:
             EnvelopeError: with the reason `invalid-data`: it is no JSON, or does not fit.
         """
         content_type = self.datacontenttype
-        if content_type is not None and content_type != JSON and not _JSON_TYPE.fullmatch(content_type):
+        if not _is_json(content_type):
             raise EnvelopeError(
                 f"{self.type}: the data are {content_type!r}, and only JSON can be read as {model.__name__}: "
                 "annotate the handler with Envelope to get the bytes",
@@ -144,7 +149,8 @@ class Envelope:
             from cloudevents.core.formats.json import JSONFormat
 
             body = JSONFormat().write_data(data, event.get_datacontenttype())
-        return cls(**_constructor_arguments(attributes), data=body)
+        attributes.pop("specversion")
+        return cls(**_arguments(attributes), data=body)
 
     def __reduce__(self) -> tuple[object, ...]:
         # The read-only view of the extensions cannot be copied or pickled; the envelope can.
@@ -176,7 +182,7 @@ def enclose(
         type=event.event_type,
         time=time,
         subject=subject,
-        extensions=extensions or {},
+        extensions=extensions or _NO_EXTENSIONS,
         data=to_json(event),
     )
 
@@ -203,7 +209,7 @@ def encode(envelope: Envelope) -> Message:
 
 
 def _rfc_3339(time: datetime) -> str:
-    return time.isoformat()[:-6] + "Z"  # always UTC, so always +00:00
+    return any_to_json(time).decode()[1:-1]  # half of isoformat's time; UTC is written as Z
 
 
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -224,25 +230,25 @@ def decode(message: Message, *, received: datetime) -> Envelope:
         attributes, data = _binary(message.headers), message.body
         if content_type is not None:
             attributes["datacontenttype"] = content_type
-        if not attributes.keys() & {"id", "source", "type", "specversion"}:
-            raise EnvelopeError(
-                "no CloudEvents attributes: neither binary headers (cloudEvents_id, ...) nor structured mode "
-                "(content type application/cloudevents+json): the sender must publish CloudEvents 1.0"
-            )
-    _check_specversion(attributes)
+    version = attributes.pop("specversion", None)
+    if version != SPECVERSION:
+        _refuse_specversion(version, attributes)
     if attributes.get("time") is None:
-        attributes["time"] = message.properties.get("timestamp") or received
-    return Envelope(**_constructor_arguments(attributes), data=data)
+        timestamp = message.properties.get("timestamp")
+        attributes["time"] = timestamp if isinstance(timestamp, datetime) else received
+    return Envelope(**_arguments(attributes), data=data)
 
 
 def _binary(headers: Mapping[str, object]) -> dict[str, Any]:
     attributes: dict[str, Any] = {}
     others: dict[str, object] = {}
-    for name, value in headers.items():
-        if name.startswith(PREFIX):
-            attributes[name[12:]] = value
-        elif name[:2] in _PREFIX_STARTS:
-            others[name] = value
+    for header, value in headers.items():
+        if header in _ATTRIBUTE:
+            attributes[_ATTRIBUTE[header]] = value
+        elif header.startswith(PREFIX):
+            attributes[header[len(PREFIX) :]] = value
+        elif header[:2] in _PREFIX_STARTS:
+            others[header] = value
     return _foreign(attributes, others) if others else attributes
 
 
@@ -286,17 +292,23 @@ def _attributes_and_data(members: dict[str, tuple[object, str]]) -> tuple[dict[s
     attributes = {name: value for name, (value, _) in members.items() if value is not None}
     content_type = attributes.get("datacontenttype")
     encoded = attributes.pop("data_base64", None)
-    if "data" in members and encoded is not None:
+    value = attributes.pop("data", None)
+    if encoded is not None and value is not None:
         _refuse("data", "is there twice, as data and as data_base64: the sender must write one")
     if encoded is not None:
         return attributes, _from_base64(encoded)
     if "data" not in members:
         return attributes, b""
-    value, text = members["data"]
-    attributes.pop("data", None)
     if isinstance(value, str) and isinstance(content_type, str) and not _is_json(content_type):
-        return attributes, value.encode(errors="surrogatepass")
-    return attributes, text.encode()
+        return attributes, _text(value)
+    return attributes, members["data"][1].encode()
+
+
+def _text(value: str) -> bytes:
+    try:
+        return value.encode()
+    except UnicodeEncodeError:  # "\ud800" in JSON is a lone surrogate; not chained, for it carries the text
+        raise EnvelopeError("the event's data hold a lone surrogate: the sender must write Unicode") from None
 
 
 def _from_base64(encoded: object) -> bytes:
@@ -369,37 +381,36 @@ def _kind(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _check_specversion(attributes: dict[str, Any]) -> None:
-    version = attributes.pop("specversion", None)
-    if version == SPECVERSION and isinstance(version, str):
-        return
+def _refuse_specversion(version: object, attributes: Mapping[str, object]) -> NoReturn:
+    if version is None and not attributes.keys() & {"id", "source", "type"}:
+        raise EnvelopeError(
+            "no CloudEvents attributes: neither binary headers (cloudEvents_id, ...) nor structured mode "
+            "(content type application/cloudevents+json): the sender must publish CloudEvents 1.0"
+        )
     if version is None:
         _refuse("specversion", f"is missing: the sender must give {SPECVERSION!r}")
     said = repr(version[:20]) if isinstance(version, str) else _kind(version)
     _refuse("specversion", f"is {said}: only {SPECVERSION!r} is read")
 
 
-def _constructor_arguments(attributes: dict[str, Any]) -> dict[str, Any]:
-    """CloudEvents attributes sorted into the constructor's parameters; what has no parameter is an extension."""
-    arguments: dict[str, Any] = {}
-    attributes.pop("specversion", None)
-    for name in ("id", "source", "type"):
-        value = attributes.pop(name, None)
-        if value is None:
-            _refuse(name, "is missing: the sender must give it")
-        arguments[name] = value
-    arguments["time"] = _read_time(attributes.pop("time", None))
-    for name in ("subject", "datacontenttype", "dataschema"):
-        arguments[name] = attributes.pop(name, None)
-    arguments["extensions"] = (
-        {name: _canonical(name, value) for name, value in attributes.items() if value is not None}
-        if attributes
-        else attributes
-    )
+def _arguments(attributes: dict[str, Any]) -> dict[str, Any]:
+    """CloudEvents attributes as the constructor's arguments; what has no parameter is an extension."""
+    take = attributes.pop
+    arguments: dict[str, Any] = {
+        "id": take("id", None),
+        "source": take("source", None),
+        "type": take("type", None),
+        "time": _read_time(take("time", None)),
+        "subject": take("subject", None),
+        "datacontenttype": take("datacontenttype", None),
+        "dataschema": take("dataschema", None),
+    }
+    if attributes:
+        arguments["extensions"] = {name: _canonical(value) for name, value in attributes.items() if value is not None}
     return arguments
 
 
-def _canonical(name: str, value: object) -> object:
+def _canonical(value: object) -> object:
     """Types that CloudEvents has and an envelope has not, as their canonical strings (CloudEvents section 3.1)."""
     if isinstance(value, datetime):
         return _rfc_3339(_in_utc(value))
@@ -409,23 +420,24 @@ def _canonical(name: str, value: object) -> object:
 
 
 def _check_text(attribute: str, value: object) -> None:
+    # Printable text holds nothing forbidden, and asking is much cheaper than the search.
+    if isinstance(value, str) and value and value.isprintable():
+        return
+    if value is None:
+        _refuse(attribute, "is missing: the sender must give it")
+    if isinstance(value, bytes):
+        _refuse(attribute, "is not UTF-8: the sender must write it as a UTF-8 string")
     if not isinstance(value, str):
-        if isinstance(value, bytes):
-            _refuse(attribute, "is not UTF-8: the sender must write it as a UTF-8 string")
         _refuse(attribute, f"is {_kind(value)}: give a string")
     if not value:
         _refuse(attribute, "is empty: give a value, or leave an optional one out")
-    # Printable text has no forbidden character, and asking is much cheaper than the search.
-    if not value.isprintable() and (_FORBIDDEN.search(value) or _has_noncharacter(value)):
+    if _FORBIDDEN.search(value):
         _refuse(attribute, "holds a control character or what is no character at all: leave it out")
 
 
-def _has_noncharacter(value: str) -> bool:
-    return any(ord(character) & 0xFFFE == 0xFFFE for character in value)
-
-
-def _check_uri_reference(attribute: str, value: str) -> None:
-    if not _is_uri_reference(value):
+def _check_uri_reference(attribute: str, value: object) -> None:
+    if not isinstance(value, str) or not _is_uri_reference(value):
+        _check_text(attribute, value)
         _refuse(attribute, "is no URI reference: give one like '/services/orders' (other characters as %XX)")
 
 
@@ -439,12 +451,7 @@ def _is_json(content_type: str | None) -> bool:
     return content_type is None or bool(_JSON_TYPE.fullmatch(content_type))
 
 
-_NO_EXTENSIONS: Mapping[str, ExtensionValue] = MappingProxyType({})
-
-
 def _checked_extensions(extensions: Mapping[str, ExtensionValue]) -> Mapping[str, ExtensionValue]:
-    if not extensions:
-        return _NO_EXTENSIONS
     for name, value in extensions.items():
         _check_extension(name, value)
     return MappingProxyType(dict(extensions))
@@ -458,7 +465,7 @@ def _check_extension(name: object, value: object) -> None:
     if isinstance(value, int):
         if value not in _INT32:
             _refuse(name, "is a number over 32 bits: give it as a string")
-    elif value != "" or not isinstance(value, str):
+    elif value != "":  # the one text that may be empty
         _check_text(name, value)
 
 
@@ -479,7 +486,7 @@ def _read_time(value: object) -> datetime:
     """A time as senders write it: RFC 3339, an AMQP timestamp, or milliseconds since 1970 (the SDK writes those)."""
     try:
         if isinstance(value, str) and _RFC_3339.fullmatch(value):
-            return datetime.fromisoformat(value.upper())
+            return datetime.fromisoformat(value if value[-1] == "Z" else value.upper())
         if isinstance(value, int) and not isinstance(value, bool):
             return _EPOCH + timedelta(milliseconds=value)
     except (ValueError, OverflowError):

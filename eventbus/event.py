@@ -269,8 +269,9 @@ def _culprit(event: BaseModel) -> str:
     for name in type(event).model_fields:
         try:
             event.__pydantic_serializer__.to_json(event, include={name}, warnings="error")
-        except Exception as error:  # noqa: BLE001  # as in to_json
-            return _deepest(getattr(event, name, None), name) or f"{name}: {type(error).__name__}"
+        except Exception:  # noqa: BLE001  # as in to_json
+            value = getattr(event, name, None)
+            return _deepest(value, name) or f"{name}: {type(value).__name__}, which the field's type does not allow"
     return "a computed field or the model's own serialiser failed"
 
 
@@ -306,6 +307,11 @@ def _refuse_constants(model: type[BaseModel], data: bytes) -> None:
 
 
 # ── types and the catalogue ─────────────────────────────────────────────────────────────────────────
+
+
+def is_name(text: str) -> bool:
+    """Whether *text* could be an event's name: snake_case words joined by dots."""
+    return _NAME.fullmatch(text) is not None
 
 
 def split_type(type: str) -> tuple[str, int | None]:
