@@ -100,9 +100,9 @@ class VirtualClock:
 
 async def sleep(clock: Clock, delay_s: float) -> None:
     """Wait *delay_s* seconds of *clock*."""
-    woken = asyncio.get_running_loop().create_future()
-    timer = clock.call_later(delay_s, lambda: woken.done() or woken.set_result(None))
+    woken = asyncio.Event()
+    timer = clock.call_later(delay_s, woken.set)
     try:
-        await woken
+        await woken.wait()
     finally:
         timer.cancel()

@@ -93,8 +93,12 @@ class Context(Generic[S]):
         cause = self._envelope
         related = {"correlationid": cause.extensions.get("correlationid", cause.id), "causationid": cause.id}
         if isinstance(event, Envelope):
-            changes = {name: value for name, value in (("id", id), ("subject", subject)) if value is not None}
-            return replace(event, extensions={**related, **event.extensions, **extensions}, **changes)
+            return replace(
+                event,
+                id=event.id if id is None else id,
+                subject=event.subject if subject is None else subject,
+                extensions={**related, **event.extensions, **extensions},
+            )
         envelope = enclose(
             event,
             id=id or "derived below",

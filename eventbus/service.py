@@ -25,7 +25,7 @@ from typing_extensions import TypeVar
 from eventbus.context import S
 from eventbus.envelope import Envelope
 from eventbus.errors import EnvelopeError, SetupError
-from eventbus.event import NAME, Catalogue, Event, split_type
+from eventbus.event import Catalogue, Event, is_name, split_type
 from eventbus.retry import Retry
 from eventbus.topology import check_service_name, matches
 
@@ -56,7 +56,7 @@ class Reads:
         return "envelope" if self.model is None else self.model.__name__
 
 
-class UnknownVersion(Exception):  # noqa: N818  # an outcome on its way to decide()
+class UnknownVersion(Exception):  # an outcome on its way to decide()
     """A handler's annotation has no class for this event's type."""
 
 
@@ -114,7 +114,9 @@ def _field(event: object, name: str) -> str:
     try:
         return str(getattr(event, name))
     except AttributeError:
-        raise EnvelopeError(f"the event has no field {name!r} to be its idempotency key", reason="invalid-data") from None
+        raise EnvelopeError(
+            f"the event has no field {name!r} to be its idempotency key", reason="invalid-data"
+        ) from None
 
 
 def _call(function: Callable[..., object], event: object) -> str:
@@ -139,6 +141,10 @@ class _Registration:
     name: str | None
     where: str
     namespace: Mapping[str, object]
+
+    @property
+    def handler(self) -> str:
+        return str(self.name or getattr(self.function, "__name__", repr(self.function)))
 
 
 class Service(Generic[S]):
@@ -213,7 +219,9 @@ class Service(Generic[S]):
         def register(function: H) -> H:
             frame = sys._getframe(1)  # handlers defined inside a function: their annotations name its locals
             code = getattr(function, "__code__", None)
-            where = f"{code.co_filename}:{code.co_firstlineno}" if code else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            where = (
+                f"{code.co_filename}:{code.co_firstlineno}" if code else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            )
             self._registrations.append(
                 _Registration(function, names, retry, timeout, idempotency_key, name, where, frame.f_locals)
             )
@@ -245,14 +253,16 @@ class Service(Generic[S]):
         for registration in self._registrations:
             problems: list[str] = []
             subscription = _check(self, registration, problems)
-            handler = registration.name or getattr(registration.function, "__name__", repr(registration.function))
+            handler = registration.handler
             if any(handler == other.handler for other in good):
                 problems.append(f"a second handler called {handler!r}: give one of them name=...")
             mistakes += [f"{registration.where}: {self._name}.{handler}: {problem}" for problem in problems]
             if subscription is not None and not problems:
                 good.append(subscription)
         if not self._registrations:
-            mistakes.append(f"service {self._name!r} subscribes to nothing: decorate a handler with @{self._name}.on(...)")
+            mistakes.append(
+                f"service {self._name!r} subscribes to nothing: decorate a handler with @{self._name}.on(...)"
+            )
         return tuple(good), mistakes
 
 
@@ -288,7 +298,7 @@ def _timeout_problem(timeout: timedelta) -> str | None:
 
 
 def _check(service: Service[Any], given: _Registration, problems: list[str]) -> Subscription | None:
-    handler = given.name or getattr(given.function, "__name__", "")
+    handler = given.handler
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}", handler):
         problems.append(f"{handler!r} is no name for a handler: give name='...' in letters, digits, '_', '.' and '-'")
     if given.timeout is not None and (problem := _timeout_problem(given.timeout)):
@@ -346,7 +356,7 @@ def _pattern(name: str | type[Event], catalogue: Catalogue | None, problems: lis
             problems.append(
                 f"no event {base!r} v{version} in the catalogue (known: {versions}): add it, or deploy the newer schemas"
             )
-    elif not re.fullmatch(NAME, base):
+    elif not is_name(base):
         problems.append(f"{name!r} is no event name: snake_case words joined by dots, for example 'order_placed'")
     return name if version is not None else f"{name}.*"
 
@@ -362,7 +372,9 @@ def _why_no_word(name: str) -> str:
 
 def _signature(given: _Registration, problems: list[str]) -> tuple[Reads | None, bool]:
     function = given.function
-    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)
+    ):
         problems.append("a handler is an `async def`; put blocking work into `await asyncio.to_thread(...)` inside it")
         return None, False
     try:
@@ -375,7 +387,9 @@ def _signature(given: _Registration, problems: list[str]) -> tuple[Reads | None,
         hinted = function if inspect.isroutine(function) else getattr(function, "func", type(function).__call__)
         hints = typing.get_type_hints(hinted, localns=dict(given.namespace))
     except (NameError, TypeError, ValueError) as error:
-        problems.append(f"its annotations cannot be read: {error}; import the names at module level, not for types only")
+        problems.append(
+            f"its annotations cannot be read: {error}; import the names at module level, not for types only"
+        )
         return None, False
     if not 1 <= len(parameters) <= 2 or len(required) > len(parameters):
         problems.append("a handler takes (event) or (event, context)")

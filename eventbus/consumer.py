@@ -1,0 +1,505 @@
+"""One service's deliveries: attempt, decide, settle.
+
+What must not happen here: an ack before the copy that replaces the original is confirmed; a handler that runs without
+a claim; a handler that is cancelled because a connection died (it goes on, and its claim tells the redelivery that the
+work is done). Decisions are `delivery.decide`'s; this module carries them out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, timedelta
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from eventbus import message as header
+from eventbus.bus import Sender
+from eventbus.clock import Clock, Timer
+from eventbus.context import Context
+from eventbus.delivery import (
+    Ack,
+    Again,
+    Cancelled,
+    ClaimedElsewhere,
+    DeadLetter,
+    Duplicate,
+    Failed,
+    Handled,
+    Nothing,
+    Outcome,
+    Postponed,
+    Refused,
+    StoreDown,
+    Unmatched,
+    decide,
+)
+from eventbus.envelope import Envelope, decode
+from eventbus.errors import EnvelopeError, Reject, RetryLater, StoreError
+from eventbus.idempotency.base import KEEP_DONE, LEASE, Done, IdempotencyStore, Mine, Theirs
+from eventbus.message import Message
+from eventbus.service import Service, Subscription, UnknownVersion
+from eventbus.telemetry import fields
+from eventbus.transport.base import Delivery, NotPublished, Unpublishable
+
+log = logging.getLogger("eventbus.delivery")
+
+LONGEST_ERROR = 1024
+LONGEST_TRACE = 8 * 1024  # all headers of a message travel in one frame, which cannot be split
+FIRST_BACKOFF_S = 0.1
+LONGEST_BACKOFF_S = 10.0
+# Foreign senders may use any number of types; the plan of each is remembered up to this many.
+MOST_PLANS = 10_000
+
+# What became of one handler's part of a delivery: settled (done, or its copy is confirmed), nothing (leave it to the
+# broker), or unpublishable (no copy can be made: the broker moves the original, untouched).
+Part = Literal["settled", "nothing", "unpublishable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What the consumers of one worker share."""
+
+    sender: Sender
+    store: IdempotencyStore
+    clock: Clock
+    on_trouble: Callable[[str], None]  # consuming must pause; called with why
+    jitter: Callable[[], float] = lambda: random.uniform(-1.0, 1.0)
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A handler at work, and the claim that it works under."""
+
+    key: str
+    token: str
+    task: asyncio.Task[Any]
+    cancelled_because: Outcome | None = None
+
+    def cancel(self, outcome: Outcome) -> None:
+        if self.cancelled_because is None:
+            self.cancelled_because = outcome
+            self.task.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One handler's part of a delivery; no subscription where nothing here wants it."""
+
+    delivery: Delivery
+    envelope: Envelope | None
+    subscription: Subscription | None
+    handler: str | None
+    attempt: int
+
+
+class ServiceConsumer:
+    """Handles what the broker delivers to one service."""
+
+    def __init__(self, service: Service[Any], subscriptions: Iterable[Subscription], environment: Environment) -> None:
+        self.service = service
+        self.state: object = None  # what the lifespan yielded; set before the first delivery
+        self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
+        self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
+        self._environment = environment
+        self._slots = asyncio.Semaphore(service.concurrency)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._runs: set[_Run] = set()
+        self._plans: dict[str, tuple[Subscription, ...]] = {}
+        self.stuck = 0  # retries and dead letters whose copies the broker does not take
+        self._forced = False
+        self._renewal: Timer | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing that was taken is unsettled."""
+        return not self._tasks
+
+    def deliver(self, delivery: Delivery) -> None:
+        """Take *delivery*; never blocks, never raises."""
+        task = asyncio.get_running_loop().create_task(self._take(delivery))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self, within_s: float) -> bool:
+        """Wait for what was taken to be settled; False if something was not, *within_s* seconds later."""
+        deadline = asyncio.get_running_loop().time() + within_s
+        while self._tasks and (left_s := deadline - asyncio.get_running_loop().time()) > 0:
+            await asyncio.wait(set(self._tasks), timeout=left_s)
+        return not self._tasks
+
+    async def force(self, within_s: float = 5.0) -> None:
+        """Cancel the handlers that are still at work, and give their claims back.
+
+        A handler that does not let itself be cancelled keeps its claim until the lease ends.
+        """
+        self._forced = True
+        for run in list(self._runs):
+            run.cancel(Cancelled())
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=within_s)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._renewal is not None:
+            self._renewal.cancel()
+
+    # ── one delivery ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _take(self, delivery: Delivery) -> None:
+        try:
+            parts = await self._parts(delivery)
+        except Exception:
+            # A bug of ours: the delivery stays unsettled, so that nothing is lost, and the consumer goes on.
+            log.exception("a delivery of %s could not be settled", self.service.name)
+            return
+        if "unpublishable" in parts:
+            delivery.reject()
+        elif "nothing" not in parts:
+            delivery.ack()
+
+    async def _parts(self, delivery: Delivery) -> list[Part]:
+        message = delivery.message
+        attempt = _attempt(message)
+        try:
+            envelope = decode(message, received=self._environment.clock.now())
+        except EnvelopeError as error:
+            work = _Work(delivery, None, None, None, attempt)
+            return [await self._settle(work, Refused("invalid-envelope", str(error)), attempt)]
+        self._environment.sender.telemetry.consumed(envelope.type, delivery.queue)
+        works = self._works(delivery, envelope, attempt)
+        if len(works) == 1:
+            return [await self._part(works[0])]
+        return list(await asyncio.gather(*(self._part(work) for work in works)))
+
+    def _works(self, delivery: Delivery, envelope: Envelope, attempt: int) -> list[_Work]:
+        named = delivery.message.headers.get(header.HANDLER)
+        if isinstance(named, str):
+            return [_Work(delivery, envelope, self._subscriptions.get(named), named, attempt)]
+        plan = self._plans.get(envelope.type)
+        if plan is None:
+            plan = tuple(s for s in self._subscriptions.values() if s.wants(envelope.type))
+            if len(self._plans) < MOST_PLANS:
+                self._plans[envelope.type] = plan
+        if not plan:
+            return [_Work(delivery, envelope, None, None, attempt)]
+        return [_Work(delivery, envelope, subscription, subscription.handler, attempt) for subscription in plan]
+
+    async def _part(self, work: _Work) -> Part:
+        outcome, attempt = await self._outcome(work)
+        return await self._settle(work, outcome, attempt)
+
+    async def _outcome(self, work: _Work) -> tuple[Outcome, int]:
+        """What happened, and on which attempt: a crash that the claim tells of counts as one."""
+        subscription, envelope = work.subscription, work.envelope
+        assert envelope is not None
+        if subscription is None:
+            what = f"handler {work.handler!r}" if work.handler else f"subscription to {envelope.type}"
+            return Unmatched("no-handler", f"service {self.service.name!r} has no {what} in this program"), work.attempt
+        try:
+            event = subscription.read(envelope)
+            key = subscription.idempotency_key(self.service.name, envelope, event)
+        except UnknownVersion as error:
+            return Unmatched("unknown-version", str(error)), work.attempt
+        except EnvelopeError as error:
+            return Refused(error.reason, str(error)), work.attempt
+        async with self._slots:
+            if self._forced or not work.delivery.is_live:
+                return Cancelled(), work.attempt
+            return await self._claimed(work, subscription, event, key)
+
+    async def _claimed(
+        self, work: _Work, subscription: Subscription, event: BaseModel | Envelope, key: str
+    ) -> tuple[Outcome, int]:
+        store = self._environment.store
+        try:
+            claim = await store.claim(key, LEASE)
+        except StoreError as error:
+            self._environment.on_trouble(f"the idempotency store does not answer: {error}")
+            return StoreDown(str(error)), work.attempt
+        match claim:
+            case Done():
+                return Duplicate(), work.attempt
+            case Theirs(lease_left=left):
+                return ClaimedElsewhere(left), work.attempt
+            case Mine(token=token, crashes=crashes):
+                attempt = work.attempt + crashes
+        if attempt > subscription.retry.attempts and crashes:
+            outcome: Outcome = Failed(f"its worker ended {crashes} times in the middle of it")
+        else:
+            outcome = await self._run(_Run(key, token, _current_task()), work, subscription, event, attempt)
+        return await self._record(key, token, outcome), attempt
+
+    async def _run(
+        self, run: _Run, work: _Work, subscription: Subscription, event: BaseModel | Envelope, attempt: int
+    ) -> Outcome:
+        """Run the handler to its end, whatever the end is."""
+        envelope = work.envelope
+        assert envelope is not None
+        context: Context[Any] = Context(
+            envelope,
+            attempt=attempt,
+            identity=(self.service.name, subscription.handler, self.service.source),
+            state=self.state,
+            publish=self._environment.sender.send,
+        )
+        arguments = (event, context) if subscription.takes_context else (event,)
+        telemetry = self._environment.sender.telemetry
+        self._began(run)
+        if self.on_attempt is not None:
+            self.on_attempt(self.service.name, subscription.handler)
+        try:
+            with telemetry.process(
+                envelope, work.delivery.message.headers,
+                queue=work.delivery.queue, handler=subscription.handler, attempt=attempt,
+            ) as processing:  # fmt: skip
+                began = self._environment.clock.monotonic_s()
+                outcome = await _outcome_of(subscription.function(*arguments), subscription.timeout, run)
+                if not isinstance(outcome, Handled):
+                    processing.error_type = type(outcome).__name__
+                else:
+                    self._say_handled(envelope, subscription, attempt, self._environment.clock.monotonic_s() - began)
+        finally:
+            self._ended(run)
+        return outcome
+
+    async def _record(self, key: str, token: str, outcome: Outcome) -> Outcome:
+        """Complete the claim after success, give it back otherwise."""
+        store = self._environment.store
+        if not isinstance(outcome, Handled):
+            try:
+                await store.free(key, token)
+            except StoreError as error:
+                log.warning("a claim could not be given back, it ends with its lease: %s", error)
+            return outcome
+        # The work is done; only its record is missing. Not recording it would do it twice, so try until the lease ends.
+        deadline = self._environment.clock.monotonic_s() + LEASE.total_seconds()
+        for backoff_s in backoffs():
+            try:
+                if await store.complete(key, token, KEEP_DONE):
+                    return outcome
+                log.warning("%s lost its claim while it worked: another worker may do the same work", key)
+                return ClaimedElsewhere(LEASE)
+            except StoreError as error:
+                self._environment.on_trouble(f"the idempotency store does not answer: {error}")
+                if self._environment.clock.monotonic_s() >= deadline or self._forced:
+                    return StoreDown(str(error))
+            await asyncio.sleep(backoff_s)
+        return outcome
+
+    # ── claims of handlers at work are renewed, all at a time ───────────────────────────────────────────────────────
+
+    def _began(self, run: _Run) -> None:
+        self._runs.add(run)
+        if self._renewal is None:
+            self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
+
+    def _ended(self, run: _Run) -> None:
+        self._runs.discard(run)
+
+    def _renew_all(self) -> None:
+        self._renewal = None
+        if self._runs and not self._forced:
+            task = asyncio.get_running_loop().create_task(self._renew(list(self._runs)))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
+
+    async def _renew(self, runs: list[_Run]) -> None:
+        for run in runs:
+            try:
+                if not await self._environment.store.renew(run.key, run.token, LEASE) and run in self._runs:
+                    log.warning("%s lost its claim: its handler is cancelled, another worker has taken over", run.key)
+                    run.cancel(ClaimedElsewhere(LEASE))
+            except StoreError as error:
+                log.warning("a claim could not be renewed: %s", error)
+
+    # ── settling ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _settle(self, work: _Work, outcome: Outcome, attempt: int) -> Part:
+        policy = work.subscription.retry if work.subscription else self.service.retry
+        settlement = decide(outcome, attempt, policy, jitter=self._environment.jitter())
+        if isinstance(settlement, Nothing):
+            return "nothing"
+        if isinstance(settlement, Ack):
+            if isinstance(outcome, Duplicate):
+                self._say(logging.INFO, work, attempt, "duplicate", "suppressed a duplicate")
+            return "settled"
+        part = await self._publish_copy(work, settlement, attempt)
+        if part == "settled":
+            self._say_settled(work, settlement, attempt)
+        return part
+
+    async def _publish_copy(self, work: _Work, settlement: Again | DeadLetter, attempt: int) -> Part:
+        """Publish what replaces the original. Until that is confirmed the original stays unsettled."""
+        sender, service = self._environment.sender, self.service.name
+        copy = self._copy(work, settlement, attempt)
+        for backoff_s in backoffs():
+            # Nothing is published for a dead session: the broker has given the original to somebody else already.
+            if not work.delivery.is_live or self._forced:
+                return "nothing"
+            try:
+                if isinstance(settlement, Again):
+                    await sender.retry(service, copy, settlement.delay)
+                else:
+                    await sender.dead_letter(service, copy)
+                return "settled"
+            except Unpublishable as error:
+                self._say(logging.ERROR, work, attempt, "rejected", "no copy can be published", error=error.why)
+                return "unpublishable"
+            except NotPublished as error:
+                self._say(logging.WARNING, work, attempt, "waiting", "its copy was not confirmed", error=error.why)
+            await self._wait_stuck(backoff_s)
+        return "nothing"
+
+    def _copy(self, work: _Work, settlement: Again | DeadLetter, attempt: int) -> Message:
+        message, delivery = work.delivery.message, work.delivery
+        failed = not isinstance(settlement, Again) or settlement.attempt > attempt
+        headers: dict[str, object] = {
+            header.ORIGIN_EXCHANGE: message.headers.get(header.ORIGIN_EXCHANGE, delivery.exchange),
+            header.ORIGIN_KEY: message.headers.get(header.ORIGIN_KEY, delivery.key),
+        }
+        if work.handler is not None:
+            headers[header.HANDLER] = work.handler
+        if failed:
+            now = self._environment.clock.now().astimezone(UTC).isoformat()
+            headers[header.FIRST_FAILED] = message.headers.get(header.FIRST_FAILED, now)
+        if isinstance(settlement, Again):
+            headers[header.ATTEMPT] = settlement.attempt
+        else:
+            headers[header.ATTEMPT] = attempt
+            headers[header.REASON] = settlement.reason
+            headers[header.ERROR] = _cut(settlement.error, LONGEST_ERROR)
+            if settlement.trace:
+                headers[header.TRACE] = settlement.trace
+        return message.republished(headers)
+
+    async def _wait_stuck(self, backoff_s: float) -> None:
+        self.stuck += 1
+        if self.stuck * 2 >= self.service.prefetch:
+            self._environment.on_trouble(f"{self.stuck} retries or dead letters of {self.service.name} are not taken")
+        try:
+            await asyncio.sleep(backoff_s)
+        finally:
+            self.stuck -= 1
+
+    # ── saying what happened ────────────────────────────────────────────────────────────────────────────────────────
+
+    def _say_handled(self, envelope: Envelope, subscription: Subscription, attempt: int, took_s: float) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            extra = self._facts(envelope, subscription.handler, attempt, outcome="handled", duration_s=round(took_s, 6))
+            log.debug("%s.%s handled %s", self.service.name, subscription.handler, envelope.type, extra=extra)
+
+    def _say_settled(self, work: _Work, settlement: Again | DeadLetter, attempt: int) -> None:
+        if isinstance(settlement, DeadLetter):
+            self._say(
+                logging.ERROR, work, attempt, "dead-lettered", f"gave up ({settlement.reason})",
+                reason=settlement.reason, error=_cut(settlement.error, LONGEST_ERROR),
+            )  # fmt: skip
+        elif settlement.attempt > attempt:
+            self._say(
+                logging.WARNING, work, attempt, "retry", f"failed, again in {settlement.delay.total_seconds():.3g} s",
+                due_in_s=settlement.delay.total_seconds(), error=_cut(settlement.error, LONGEST_ERROR),
+            )  # fmt: skip
+        else:
+            self._say(
+                logging.INFO, work, attempt, "claimed-elsewhere", "another worker is at it",
+                due_in_s=settlement.delay.total_seconds(),
+            )  # fmt: skip
+
+    def _say(self, level: int, work: _Work, attempt: int, outcome: str, what: str, **facts: object) -> None:
+        type_ = work.envelope.type if work.envelope is not None else "a message that is no event"
+        extra = self._facts(work.envelope, work.handler, attempt, outcome=outcome, **facts)
+        error = f": {facts['error']}" if "error" in facts else ""
+        log.log(level, "%s.%s %s, attempt %d: %s%s", self.service.name, work.handler or "?", type_, attempt, what,
+                error, extra=extra)  # fmt: skip
+
+    def _facts(
+        self, envelope: Envelope | None, handler: str | None, attempt: int, **facts: object
+    ) -> dict[str, object]:
+        return fields(envelope, service=self.service.name, handler=handler, attempt=attempt, **facts)
+
+
+async def _outcome_of(handling: Awaitable[None], timeout: timedelta, run: _Run) -> Outcome:
+    """Await a handler; whatever it raises is an outcome."""
+    deadline = asyncio.timeout(timeout.total_seconds())
+    try:
+        async with deadline:
+            await handling
+    except Reject as error:
+        return Refused("rejected", str(error) or "rejected without a reason")
+    except RetryLater as error:
+        return Postponed(error.delay, str(error))
+    except asyncio.CancelledError as error:
+        task = _current_task()
+        if run.cancelled_because is not None:
+            task.uncancel()
+            return run.cancelled_because
+        if task.cancelling():  # by whoever ends the event loop
+            raise
+        return _failure(error, "the handler was cancelled from within")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  # a handler that calls sys.exit() must not take its neighbours along
+        if deadline.expired() and isinstance(error, TimeoutError):
+            return _failure(error, f"timed out after {timeout.total_seconds():g} s")
+        return _failure(error, _described(error))
+    if deadline.expired():
+        return Failed(f"timed out after {timeout.total_seconds():g} s, and did not let itself be cancelled")
+    return Handled()
+
+
+def _failure(error: BaseException, described: str) -> Failed:
+    lines = traceback.format_exception(error) if not isinstance(error, ValidationError) else [
+        *traceback.format_tb(error.__traceback__), described,
+    ]  # fmt: skip
+    return Failed(described, _innermost("".join(lines), LONGEST_TRACE))
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, ValidationError):  # its text shows the input
+        kinds = ", ".join(
+            f"{'.'.join(map(str, problem['loc'])) or '.'}: {problem['type']}"
+            for problem in error.errors(include_input=False, include_url=False, include_context=False)[:10]
+        )
+        return f"ValidationError of {error.title}: {kinds}"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _cut(text: str, longest_bytes: int) -> str:
+    encoded = text.encode(errors="replace")
+    return (
+        encoded.decode()
+        if len(encoded) <= longest_bytes
+        else encoded[: longest_bytes - 3].decode(errors="ignore") + "..."
+    )
+
+
+def _innermost(trace: str, longest_bytes: int) -> str:
+    encoded = trace.encode(errors="replace")
+    if len(encoded) <= longest_bytes:
+        return encoded.decode()
+    return "..." + encoded[3 - longest_bytes :].decode(errors="ignore")
+
+
+def _attempt(message: Message) -> int:
+    value = message.headers.get(header.ATTEMPT, 1)
+    return value if isinstance(value, int) and value >= 1 else 1
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+def backoffs() -> Iterator[float]:
+    """Seconds to wait before each further try, for ever."""
+    backoff_s = FIRST_BACKOFF_S
+    while True:
+        yield backoff_s
+        backoff_s = min(backoff_s * 2, LONGEST_BACKOFF_S)

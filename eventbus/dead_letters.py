@@ -1,0 +1,188 @@
+"""Given-up deliveries of a service: look at them where they are, and publish them again.
+
+Looking never removes. A replay is published first, confirmed, and only then removed: a crash in between leaves the
+dead letter and its replay, whose event is recognised as a duplicate if the first replay was handled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Self, get_args
+
+from eventbus import message as header
+from eventbus.bus import Sender, open_or_close
+from eventbus.delivery import Reason
+from eventbus.envelope import Envelope, decode
+from eventbus.errors import EnvelopeError, SetupError, TransportError
+from eventbus.message import Message
+from eventbus.settings import Settings
+from eventbus.topology import Names, check_service_name
+from eventbus.transport import from_url
+from eventbus.transport.base import NotPublished
+
+__all__ = ["DeadLetter", "DeadLetters", "Reason"]
+
+# How the broker says why it moved a message by itself, in x-death.
+_BROKERS_REASONS: Mapping[object, tuple[Reason, str]] = {
+    "rejected": ("rejected", "rejected to the broker: no copy of it could be published"),
+    "delivery_limit": ("delivery-limit", "its workers ended in the middle of it, again and again"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One given-up delivery. `envelope` is None where the message is no CloudEvent; `body` is as it came.
+
+    `id` names it for `eventbus dead show|replay`; the event's own id is in the envelope. `error` is one line, `trace`
+    the handler's innermost frames. `attempts` is how often it was tried.
+    """
+
+    id: str
+    envelope: Envelope | None
+    body: bytes
+    headers: dict[str, object]
+    service: str
+    handler: str | None
+    reason: Reason
+    error: str
+    attempts: int
+    first_failed: datetime
+    trace: str = ""
+
+
+class DeadLetters:
+    """The dead letters of *service*; an async context manager.
+
+    Iterate to look at them, oldest first. While an iteration holds them, another desk does not see them.
+    """
+
+    def __init__(self, service: str, *, url: str | None = None, namespace: str | None = None) -> None:
+        check_service_name(service)
+        self._service = service
+        self._url, self._namespace = url, namespace
+        self._sender: Sender | None = None
+
+    async def __aenter__(self) -> Self:
+        """Connect, within 15 s.
+
+        Raises:
+            SetupError: it cannot work. TransportError: nobody answered.
+        """
+        settings = Settings.load()
+        names = Names(self._namespace or settings.namespace)
+        transport = from_url(self._url or settings.url, max_message_bytes=settings.max_message_bytes)
+        await open_or_close(transport, names, settings)
+        self._sender = Sender(transport, names)
+        return self
+
+    async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            await sender.transport.close()
+
+    async def __aiter__(self) -> AsyncIterator[DeadLetter]:
+        """Each dead letter that is there now, oldest first; all stay where they are."""
+        sender = self._connected()
+        async with sender.transport.browse(sender.names.dead_queue(self._service)) as deliveries:
+            async for delivery in deliveries:
+                yield read(delivery.message, self._service)
+
+    async def replay(self, which: Callable[[DeadLetter], bool] = lambda _: True) -> int:
+        """Publish those that *which* picks again, to the handler that gave up, and return how many.
+
+        Each is confirmed, then removed. The handler starts over at attempt 1; an event that it has handled meanwhile
+        is recognised as a duplicate.
+
+        Raises:
+            TransportError: one was not confirmed; it and those behind it stay dead letters.
+        """
+        sender = self._connected()
+        replayed = 0
+        async with sender.transport.browse(sender.names.dead_queue(self._service)) as deliveries:
+            async for delivery in deliveries:
+                dead = read(delivery.message, self._service)
+                if not which(dead):
+                    continue
+                try:
+                    await sender.replay(self._service, _fresh(delivery.message, dead))
+                except NotPublished as error:
+                    raise TransportError(
+                        f"dead letter {dead.id} could not be replayed ({error.why}); {replayed} were"
+                    ) from error
+                delivery.ack()
+                replayed += 1
+        return replayed
+
+    def _connected(self) -> Sender:
+        if self._sender is None:
+            raise SetupError("the desk is not open: use it inside `async with DeadLetters(...) as dead:`")
+        return self._sender
+
+
+def _fresh(message: Message, dead: DeadLetter) -> Message:
+    """The message as it was, addressed to the handler that gave it up; where it came from stays written on it."""
+    kept = {
+        name: message.headers[name] for name in (header.ORIGIN_EXCHANGE, header.ORIGIN_KEY) if name in message.headers
+    }
+    if dead.handler is not None:
+        kept[header.HANDLER] = dead.handler
+    return message.without_ours().republished(kept)
+
+
+def read(message: Message, service: str) -> DeadLetter:
+    """A message of a dead queue as what it is. Never fails: whatever is there can be looked at."""
+    headers = dict(message.headers)
+    death = _death(headers)
+    reason, error = _BROKERS_REASONS.get(death.get("reason"), ("rejected", "moved here by the broker"))
+    if headers.get(header.REASON) in get_args(Reason):
+        reason, error = headers[header.REASON], str(headers.get(header.ERROR, ""))  # type: ignore[assignment]  # checked
+    handler, attempts = headers.get(header.HANDLER), headers.get(header.ATTEMPT)
+    first_failed = _time(headers.get(header.FIRST_FAILED)) or _time(death.get("time")) or datetime.fromtimestamp(0, UTC)
+    return DeadLetter(
+        id=_id(message),
+        envelope=_envelope(message, first_failed),
+        body=message.body,
+        headers=headers,
+        service=service,
+        handler=handler if isinstance(handler, str) else None,
+        reason=reason,
+        error=error,
+        attempts=attempts if isinstance(attempts, int) else 1,
+        first_failed=first_failed,
+        trace=str(headers.get(header.TRACE, "")),
+    )
+
+
+def _death(headers: Mapping[str, object]) -> Mapping[str, object]:
+    deaths = headers.get("x-death")
+    newest = deaths[0] if isinstance(deaths, list) and deaths else None
+    return newest if isinstance(newest, Mapping) else {}
+
+
+def _time(value: object) -> datetime | None:
+    if isinstance(value, datetime):
+        return value if value.tzinfo else value.replace(tzinfo=UTC)
+    try:
+        return datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def _envelope(message: Message, received: datetime) -> Envelope | None:
+    try:
+        return decode(message, received=received)
+    except EnvelopeError:
+        return None
+
+
+def _id(message: Message) -> str:
+    """The same each time it is looked at: not of the broker's counters, which looking changes."""
+    lasting = {name: repr(value) for name, value in message.headers.items() if not name.endswith("-count")}
+    digest = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode(errors="replace"))
+    digest.update(message.body)
+    return digest.hexdigest()[:12]

@@ -1,0 +1,253 @@
+"""Spans, metrics and log fields: what the outside may know. Never an event's data.
+
+Follows OpenTelemetry's messaging conventions (semantic conventions 1.44: `send` and `process` spans, four metrics). A
+message carries two trace contexts: the hop's in the plain headers `traceparent`/`tracestate`, and the one it was first
+published in as CloudEvents attributes. A `process` span is the child of the hop's `send` span, so that one order is one
+trace; attempts after the first also link to the origin. Only the API is used: without an SDK nothing is recorded, and
+the caller's trace context still travels.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from opentelemetry import context as otel_context
+from opentelemetry import metrics, trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from eventbus.envelope import Envelope
+from eventbus.errors import SetupError
+from eventbus.topology import Names
+from eventbus.transport.base import Broker
+
+log = logging.getLogger("eventbus")
+
+# The conventions' own boundaries, in seconds.
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+_ORIGIN_PREFIX = "cloudEvents_"
+_propagator = TraceContextTextMapPropagator()
+
+Attributes = dict[str, str | int]
+T = TypeVar("T")
+
+
+def fields(envelope: Envelope | None, **more: object) -> dict[str, object]:
+    """Log fields of one event (`logger.info(..., extra=fields(...))`): never its data."""
+    known: dict[str, object] = {}
+    if envelope is not None:
+        known = {"event_id": envelope.id, "event_type": envelope.type, "event_source": envelope.source}
+    span = trace.get_current_span().get_span_context()
+    if span.is_valid:
+        known["trace_id"] = trace.format_trace_id(span.trace_id)
+    return known | {name: value for name, value in more.items() if value is not None}
+
+
+@dataclass(slots=True)
+class Processing:
+    """One attempt as it is measured; `error_type` is set by whoever learns that it failed."""
+
+    error_type: str | None = None
+
+
+class Telemetry:
+    """Records what one process sends and handles. Install an SDK before creating it."""
+
+    def __init__(self, broker: Broker, names: Names) -> None:
+        self._names = names
+        self._common: Attributes = {"messaging.system": "rabbitmq", "server.address": broker.host}
+        if broker.port is not None:
+            self._common["server.port"] = broker.port
+        self._traces = not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+        self._tracer = trace.get_tracer("eventbus")
+        meter = metrics.get_meter("eventbus")
+        self._send_duration = meter.create_histogram(
+            "messaging.client.operation.duration", "s", "How long a publish took until it was confirmed",
+            explicit_bucket_boundaries_advisory=_BUCKETS,
+        )  # fmt: skip
+        self._process_duration = meter.create_histogram(
+            "messaging.process.duration", "s", "How long one attempt of a handler took",
+            explicit_bucket_boundaries_advisory=_BUCKETS,
+        )  # fmt: skip
+        self._sent = meter.create_counter("messaging.client.sent.messages", "{message}", "Messages published")
+        self._consumed = meter.create_counter("messaging.client.consumed.messages", "{message}", "Deliveries taken")
+        self._unroutable = meter.create_counter("eventbus.unroutable", "{message}", "Published, but no queue took it")
+
+    @contextmanager
+    def send(self, envelope: Envelope, headers: dict[str, object]) -> Iterator[None]:
+        """Measure one publish, and write its trace context into *headers*."""
+        destination = f"{self._names.events}:{envelope.type}"
+        attributes = self._attributes("send", destination)
+        began = time.perf_counter()
+        error_type: str | None = None
+        try:
+            if self._traces:
+                with self._tracer.start_as_current_span(
+                    f"send {destination}",
+                    kind=trace.SpanKind.PRODUCER,
+                    attributes=attributes
+                    | {
+                        "messaging.operation.type": "send",
+                        "messaging.message.id": envelope.id,
+                        "messaging.rabbitmq.destination.routing_key": envelope.type,
+                        "messaging.message.body.size": len(envelope.data),
+                    },
+                ):
+                    _inject(headers)
+                    yield
+            else:
+                _inject(headers)
+                yield
+        except BaseException as error:
+            error_type = type(error).__name__
+            raise
+        finally:
+            if error_type is not None:
+                attributes["error.type"] = error_type
+            self._send_duration.record(time.perf_counter() - began, attributes)
+            self._sent.add(1, attributes)
+
+    @contextmanager
+    def process(
+        self, envelope: Envelope, headers: Mapping[str, object], *, queue: str, handler: str, attempt: int
+    ) -> Iterator[Processing]:
+        """Measure one attempt of one handler, inside the trace that the message came with."""
+        processing = Processing()
+        parent = _extract(headers, "")
+        token = otel_context.attach(parent) if parent is not None else None
+        attributes = self._attributes("process", f"{self._names.events}:{envelope.type}:{queue}")
+        began = time.perf_counter()
+        try:
+            if self._traces:
+                yield from self._process_span(processing, envelope, headers, attributes, (handler, attempt))
+            else:
+                yield processing
+        finally:
+            if processing.error_type is not None:
+                attributes["error.type"] = processing.error_type
+            self._process_duration.record(time.perf_counter() - began, attributes)
+            if token is not None:
+                otel_context.detach(token)
+
+    def _process_span(
+        self,
+        processing: Processing,
+        envelope: Envelope,
+        headers: Mapping[str, object],
+        attributes: Attributes,
+        run: tuple[str, int],
+    ) -> Iterator[Processing]:
+        handler, attempt = run
+        links: list[trace.Link] = []
+        if attempt > 1 and (origin := _extract(headers, _ORIGIN_PREFIX)) is not None:
+            links.append(trace.Link(trace.get_current_span(origin).get_span_context()))
+        correlation = envelope.extensions.get("correlationid")
+        with self._tracer.start_as_current_span(
+            f"process {attributes['messaging.destination.name']}",
+            kind=trace.SpanKind.CONSUMER,
+            links=links,
+            attributes=attributes
+            | {
+                "messaging.operation.type": "process",
+                "messaging.message.id": envelope.id,
+                "messaging.rabbitmq.destination.routing_key": envelope.type,
+                "eventbus.handler": handler,
+                "eventbus.attempt": attempt,
+            }
+            | ({"messaging.message.conversation_id": str(correlation)} if correlation is not None else {}),
+        ) as span:
+            yield processing
+            if processing.error_type is not None:
+                span.set_status(trace.Status(trace.StatusCode.ERROR, processing.error_type))
+                span.set_attribute("error.type", processing.error_type)
+
+    def consumed(self, type_: str, queue: str) -> None:
+        """Count one delivery."""
+        self._consumed.add(1, self._attributes("process", f"{self._names.events}:{type_}:{queue}"))
+
+    def unroutable(self, type_: str) -> None:
+        """Count one event that no queue took."""
+        self._unroutable.add(1, {"messaging.destination.name": f"{self._names.events}:{type_}"})
+
+    def _attributes(self, operation: str, destination: str) -> Attributes:
+        return self._common | {"messaging.operation.name": operation, "messaging.destination.name": destination}
+
+
+def _inject(headers: dict[str, object]) -> None:
+    """The hop's context, and the origin's where the message has none yet."""
+    if not trace.get_current_span().get_span_context().is_valid:
+        return
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    headers.update(carrier)
+    if f"{_ORIGIN_PREFIX}traceparent" not in headers:
+        headers.update({f"{_ORIGIN_PREFIX}{name}": value for name, value in carrier.items()})
+
+
+def _extract(headers: Mapping[str, object], prefix: str) -> otel_context.Context | None:
+    traceparent = headers.get(f"{prefix}traceparent")
+    if not isinstance(traceparent, str):
+        return None
+    carrier = {"traceparent": traceparent}
+    tracestate = headers.get(f"{prefix}tracestate")
+    if isinstance(tracestate, str):
+        carrier["tracestate"] = tracestate
+    return _propagator.extract(carrier)
+
+
+def install_sdk(service_name: str) -> bool:
+    """Start the OpenTelemetry SDK as the OTEL_* variables say; return whether anything will be exported.
+
+    Honours OTEL_SDK_DISABLED, OTEL_TRACES_EXPORTER and OTEL_METRICS_EXPORTER (otlp, console, none; otlp where an
+    OTEL_EXPORTER_OTLP_* endpoint is set), and whatever the SDK reads by itself (OTEL_SERVICE_NAME, samplers, headers).
+
+    Raises:
+        SetupError: an exporter is asked for that is not there.
+    """
+    endpoint = any(name.startswith("OTEL_EXPORTER_OTLP") and name.endswith("ENDPOINT") for name in os.environ)
+    default = "otlp" if endpoint else "none"
+    traces = os.environ.get("OTEL_TRACES_EXPORTER", default)
+    measures = os.environ.get("OTEL_METRICS_EXPORTER", default)
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or {traces, measures} == {"none"}:
+        return False
+    try:
+        _install(traces, measures, service_name)
+    except ImportError as error:
+        raise SetupError(
+            f"OTEL_* variables ask for telemetry, but {error.name} is not installed: pip install 'eventbus[otel]'"
+        ) from error
+    return True
+
+
+def _install(traces: str, measures: str, service_name: str) -> None:
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import ConsoleMetricExporter, PeriodicExportingMetricReader
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+
+    named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": service_name}
+    resource = Resource.create(named)
+    if traces != "none":
+        spans = _one_of(traces, "OTEL_TRACES_EXPORTER", {"otlp": OTLPSpanExporter, "console": ConsoleSpanExporter})
+        provider = TracerProvider(resource=resource)
+        provider.add_span_processor(BatchSpanProcessor(spans()))
+        trace.set_tracer_provider(provider)
+    if measures != "none":
+        points = _one_of(
+            measures, "OTEL_METRICS_EXPORTER", {"otlp": OTLPMetricExporter, "console": ConsoleMetricExporter}
+        )
+        metrics.set_meter_provider(MeterProvider([PeriodicExportingMetricReader(points())], resource=resource))
+
+
+def _one_of(name: str, variable: str, known: Mapping[str, T]) -> T:
+    if name not in known:
+        raise SetupError(f"{variable}={name!r} is not known: use {', '.join(known)} or none")
+    return known[name]

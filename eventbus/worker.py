@@ -1,0 +1,332 @@
+"""Running services: connect, declare, consume; and stop so that nothing is lost and little is done twice.
+
+`Engine` is a set of services on one transport, whatever it was built from; `Worker` builds it from URLs, the testing
+harness from an embedded broker of its own. Order of a start: check everything, declare, enter lifespans, consume. Order
+of a stop: take nothing more, settle what was taken, hand back the rest, leave lifespans, disconnect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from eventbus.bus import Sender, open_or_close
+from eventbus.clock import Clock, SystemClock
+from eventbus.consumer import Environment, ServiceConsumer, backoffs
+from eventbus.errors import SetupError, StoreError, TransportError, hide_password
+from eventbus.idempotency import IdempotencyStore
+from eventbus.idempotency import from_url as store_from_url
+from eventbus.service import Service, Subscription, check_all
+from eventbus.settings import Settings
+from eventbus.topology import Names, Topology, merge, of_service, shared
+from eventbus.transport import from_url
+from eventbus.transport.base import Consumer, Declare, Source
+
+log = logging.getLogger("eventbus.worker")
+
+DEFAULT_GRACE = timedelta(seconds=30)
+
+
+def topology_of(names: Names, subscriptions: dict[str, tuple[Subscription, ...]]) -> Topology:
+    """Everything that services with these *subscriptions* need."""
+    return merge(
+        [
+            shared(names),
+            *(
+                of_service(names, service, [pattern for s in wanted for pattern in s.patterns])
+                for service, wanted in subscriptions.items()
+            ),
+        ]
+    )
+
+
+class Engine:
+    """Services on one transport, from the first delivery to the last settlement."""
+
+    def __init__(
+        self,
+        services: tuple[Service[Any], ...],
+        sender: Sender,
+        store: IdempotencyStore,
+        *,
+        declare: Declare = "apply",
+        clock: Clock | None = None,
+        jitter: Callable[[], float] | None = None,
+    ) -> None:
+        self._subscriptions = check_all(services)
+        self._topology = topology_of(sender.names, self._subscriptions)
+        self._sender = sender
+        self._store = store
+        self._declare = declare
+        environment = Environment(sender, store, clock or SystemClock(), self._trouble)
+        if jitter is not None:
+            environment = Environment(sender, store, environment.clock, self._trouble, jitter)
+        self.consumers = [ServiceConsumer(s, self._subscriptions[s.name], environment) for s in services]
+        self._consumer: Consumer | None = None
+        self._lifespans = AsyncExitStack()
+        self._recovery: asyncio.Task[None] | None = None
+
+    @property
+    def subscriptions(self) -> dict[str, tuple[Subscription, ...]]:
+        return self._subscriptions
+
+    async def start(self) -> None:
+        """Enter the lifespans, then consume.
+
+        Raises:
+            SetupError, TransportError, or whatever a lifespan raised; then nothing is left running.
+        """
+        try:
+            for consumer in self.consumers:
+                if consumer.service.lifespan is not None:
+                    consumer.state = await self._lifespans.enter_async_context(
+                        consumer.service.lifespan(consumer.service)
+                    )
+            self._consumer = self._sender.transport.consumer(list(self._sources()), self._topology, self._declare)
+            await self._consumer.start()
+        except BaseException:
+            await self._end()
+            raise
+
+    def _sources(self) -> Iterator[Source]:
+        names = self._sender.names
+        for consumer in self.consumers:
+            service = consumer.service
+            # Two queues, so that neither fresh events nor retries wait behind the other.
+            for queue in (names.queue(service.name), names.retry_queue(service.name)):
+                yield Source(queue, service.prefetch, consumer.deliver)
+
+    async def wait(self) -> None:
+        """Until consuming ends; raises what it cannot recover from."""
+        assert self._consumer is not None
+        await self._consumer.wait()
+
+    async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
+        """Drain within *grace_s*, or until *hurry* is set; then hand back the rest and end."""
+        try:
+            await self._drain(grace_s, hurry)
+        finally:
+            await self._end()
+
+    async def _drain(self, grace_s: float, hurry: asyncio.Event) -> None:
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
+        assert self._consumer is not None
+        await self._consumer.stop()
+        draining = asyncio.gather(*(consumer.drain(grace_s) for consumer in self.consumers))
+        hurried = asyncio.ensure_future(hurry.wait())
+        await asyncio.wait((draining, hurried), return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        draining.cancel()
+        await asyncio.gather(draining, hurried, return_exceptions=True)
+        unsettled = [consumer.service.name for consumer in self.consumers if not consumer.is_idle]
+        if unsettled:
+            log.warning(
+                "the grace period ended: unsettled deliveries of %s go back to the broker", ", ".join(unsettled)
+            )
+
+    async def _end(self) -> None:
+        await asyncio.gather(*(consumer.force() for consumer in self.consumers))
+        if self._consumer is not None:
+            await self._consumer.close()
+        await self._lifespans.aclose()
+
+    # ── trouble: the store is down, or copies are not taken ─────────────────────────────────────────────────────────
+
+    def _trouble(self, why: str) -> None:
+        if self._recovery is None or self._recovery.done():
+            self._recovery = asyncio.get_running_loop().create_task(self._pause_until_better(why))
+
+    async def _pause_until_better(self, why: str) -> None:
+        assert self._consumer is not None
+        log.error("consuming pauses: %s; what is held goes back to the broker", why)
+        await self._consumer.pause()
+        for backoff_s in backoffs():
+            await asyncio.sleep(backoff_s)
+            try:
+                await self._store.free("eventbus/is-the-store-there", "no-such-token")
+            except StoreError:
+                continue
+            if all(consumer.stuck == 0 for consumer in self.consumers):
+                break
+        await self._consumer.resume()
+        log.info("consuming goes on")
+
+
+class Worker:
+    """Runs *services*; an async context manager.
+
+    *url*, *namespace* and *idempotency* default to EVENTBUS_URL, EVENTBUS_NAMESPACE and EVENTBUS_IDEMPOTENCY
+    (`memory://`: duplicates are recognised within this process only). Leaving the block takes nothing more and gives
+    what was taken *grace* to be settled; the rest goes back to the broker.
+    """
+
+    def __init__(
+        self,
+        *services: Service[Any],
+        url: str | None = None,
+        idempotency: str | IdempotencyStore | None = None,
+        namespace: str | None = None,
+        grace: timedelta = DEFAULT_GRACE,
+    ) -> None:
+        if grace < timedelta(0):
+            raise SetupError(f"grace={grace} must be zero or more")
+        self._services = services
+        self._url, self._namespace, self._idempotency = url, namespace, idempotency
+        self._grace_s = grace.total_seconds()
+        self._engine: Engine | None = None
+        self._sender: Sender | None = None
+        self._fatal: Exception | None = None
+        self._hurry = asyncio.Event()
+        self._asked_to_stop = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Check, connect and declare, within 15 s, enter the lifespans, and consume.
+
+        Raises:
+            SetupError: mistakes of all services, one a line, or what the broker will never allow.
+            TransportError: nobody answered.
+        """
+        if self._running is not None:
+            raise SetupError("this worker has run already: make a new one")
+        check_all(self._services)
+        settings = Settings.load()
+        names = Names(self._namespace or settings.namespace)
+        url = self._url or settings.url
+        store = self._store(self._idempotency or settings.idempotency, url or "")
+        transport = from_url(url, max_message_bytes=settings.max_message_bytes)
+        await open_or_close(transport, names, settings)
+        self._sender = Sender(transport, names)
+        try:
+            self._engine = Engine(self._services, self._sender, store, declare=settings.declare)
+            await self._engine.start()
+        except BaseException:
+            await transport.close()
+            raise
+        self._running = asyncio.get_running_loop().create_task(self._run())
+        return self
+
+    async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop()
+        await self._stopped()
+        if self._fatal is not None and e is None:
+            raise self._fatal
+
+    async def wait(self) -> None:
+        """Return when the worker has stopped.
+
+        Raises:
+            SetupError: what stopped it, where it stopped by itself.
+        """
+        await self._stopped()
+        if self._fatal is not None:
+            raise self._fatal
+
+    def _stop(self, *, hurry: bool = False) -> None:
+        """Begin to stop; with *hurry*, hand handlers at work back to the broker without waiting for them."""
+        self._asked_to_stop.set()
+        if hurry:
+            self._hurry.set()
+
+    async def _stopped(self) -> None:
+        if self._running is None:
+            raise SetupError("the worker is not running: use it inside `async with Worker(...) as worker:`")
+        # Shielded: whoever waits may give up, the worker still drains.
+        await asyncio.shield(self._running)
+
+    async def _run(self) -> None:
+        assert self._engine is not None
+        assert self._sender is not None
+        consuming = asyncio.ensure_future(self._engine.wait())
+        asked = asyncio.ensure_future(self._asked_to_stop.wait())
+        await asyncio.wait((consuming, asked), return_when=asyncio.FIRST_COMPLETED)
+        if consuming.done() and not consuming.cancelled():
+            error = consuming.exception()
+            self._fatal = error if isinstance(error, Exception) else None
+            if self._fatal is not None:
+                log.error("the worker ends: %s", self._fatal)
+        try:
+            await self._engine.stop(self._grace_s, self._hurry)
+        finally:
+            for task in (consuming, asked):
+                task.cancel()
+            await asyncio.gather(consuming, asked, return_exceptions=True)
+            await self._sender.transport.close()
+
+    @staticmethod
+    def _store(given: str | IdempotencyStore, url: str) -> IdempotencyStore:
+        if not isinstance(given, str):
+            return given
+        if given == "memory://" and url.startswith("amqp"):
+            log.warning("idempotency is memory://: duplicates are recognised within this process only")
+        return store_from_url(given)
+
+    def _describe(self) -> list[str]:
+        """What runs, a line each, for people: the broker, each service, its handlers and their policies."""
+        assert self._sender is not None
+        assert self._engine is not None
+        broker = self._sender.transport.broker
+        where = broker.host if broker.port is None else f"{broker.host}:{broker.port}"
+        lines = [f"broker   {broker.product} {broker.version} at {where}, namespace {self._sender.names.namespace}"]
+        store = self._idempotency or Settings.load().idempotency
+        shown = hide_password(store) if isinstance(store, str) else type(store).__name__
+        for service in self._services:
+            lines.append(f"service  {service.name}  (prefetch {service.prefetch}, concurrency {service.concurrency})")
+            for s in self._engine.subscriptions[service.name]:
+                timeout = f"timeout {s.timeout.total_seconds():g} s"
+                lines.append(f"  {s.handler:<20} {', '.join(s.patterns)} as {s.reads}; {s.retry}; {timeout}")
+        lines.append(f"idempotency  {shown}")
+        return lines
+
+
+async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
+    """Run *worker* until SIGTERM or SIGINT; a second one hurries. *announce* is given what runs, line by line.
+
+    Raises:
+        SetupError, TransportError: it could not start, or could not go on.
+    """
+    loop = asyncio.get_running_loop()
+    signals = 0
+
+    def on_signal() -> None:
+        nonlocal signals
+        signals += 1
+        announce("stopping: waiting for handlers at work (again to hurry)" if signals == 1 else "stopping now")
+        worker._stop(hurry=signals > 1)
+
+    async with worker:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            for line in worker._describe():
+                announce(line)
+            announce("ready")
+            await worker.wait()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+def run(
+    *services: Service[Any],
+    url: str | None = None,
+    idempotency: str | IdempotencyStore | None = None,
+    namespace: str | None = None,
+    grace: timedelta = DEFAULT_GRACE,
+) -> None:
+    """Run *services* until SIGTERM or SIGINT; what cannot work is one line on stderr and exit code 1."""
+    try:
+        worker = Worker(*services, url=url, idempotency=idempotency, namespace=namespace, grace=grace)
+        asyncio.run(serve(worker, lambda line: print(line, flush=True)))  # noqa: T201  # a program's own output
+    except (SetupError, TransportError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None
