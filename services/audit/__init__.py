@@ -1,0 +1,1 @@
+"""Audit: writes down every event, undecoded, and changes nothing."""

@@ -1,0 +1,1 @@
+"""Marketing: keeps the mailing list."""

@@ -1,0 +1,1 @@
+"""Notifications: writes mails to customers."""

@@ -1,0 +1,30 @@
+"""What the environment says to the shop's services: `SHOP_DATA`, `SHOP_SMTP_PORT` and so on."""
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """One class for all services, so that one environment can run the whole shop; each reads what it needs."""
+
+    model_config = SettingsConfigDict(env_prefix="SHOP_", frozen=True)
+
+    data: Path = Field(default=Path("shop-data"), description="the folder of the services' files, made if missing")
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(default=8000, ge=0, le=65535, description="0: any free one")
+    smtp_host: str = "127.0.0.1"
+    smtp_port: int = Field(default=1025, ge=0, le=65535)
+    refuse: int = Field(default=0, ge=0, description="mailbox: the first so many deliveries are refused for now")
+    accounts: Annotated[frozenset[str], NoDecode] = Field(
+        default=frozenset({"EUR", "GBP", "USD"}), description="payments: the currencies it takes, as EUR,USD"
+    )
+    payment_limit: Decimal = Field(default=Decimal(1000), description="payments: a larger total is declined")
+
+    @field_validator("accounts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value

@@ -1,0 +1,1 @@
+"""Users: takes registrations over HTTP."""

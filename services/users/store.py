@@ -1,0 +1,31 @@
+"""What users knows: who has registered."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import UUID
+
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
+
+from services.database import Sessions, open_database
+from services.settings import Settings
+
+
+class Base(MappedAsDataclass, DeclarativeBase):
+    """The tables of users."""
+
+
+class User(Base):
+    """Somebody who registered; an address registers once."""
+
+    __tablename__ = "users"
+
+    user_id: Mapped[UUID] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    email: Mapped[str] = mapped_column(unique=True)
+
+
+@asynccontextmanager
+async def resources(settings: Settings) -> AsyncIterator[Sessions]:
+    """Open the database."""
+    async with open_database(settings.data / "users.db", Base) as sessions:
+        yield sessions
