@@ -246,6 +246,11 @@ class MemoryBroker:
         """Whether nothing happens before somebody publishes, settles or lets time pass."""
         return not any(queue.unsettled or (queue.ready and queue.consumers) for queue in self._queues.values())
 
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """The names of all queues."""
+        return tuple(self._queues)
+
     def depth(self, queue: str) -> int:
         """How many messages wait in *queue*; what is handed out does not count."""
         return len(self._queue(queue).ready)
