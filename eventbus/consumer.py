@@ -454,14 +454,16 @@ async def _outcome_of(handling: Awaitable[None], timeout: timedelta, run: _Run) 
 
 
 def _failure(error: BaseException, described: str) -> Failed:
-    lines = traceback.format_exception(error) if not isinstance(error, ValidationError) else [
-        *traceback.format_tb(error.__traceback__), described,
-    ]  # fmt: skip
+    frames = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without our own
+    if isinstance(error, ValidationError):  # its text shows the input
+        lines = [*traceback.format_tb(frames), described]
+    else:
+        lines = traceback.format_exception(type(error), error, frames)
     return Failed(described, _innermost("".join(lines), LONGEST_TRACE))
 
 
 def _described(error: BaseException) -> str:
-    if isinstance(error, ValidationError):  # its text shows the input
+    if isinstance(error, ValidationError):
         kinds = ", ".join(
             f"{'.'.join(map(str, problem['loc'])) or '.'}: {problem['type']}"
             for problem in error.errors(include_input=False, include_url=False, include_context=False)[:10]

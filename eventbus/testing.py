@@ -151,8 +151,12 @@ class Harness:
         self._clock.set_to(until_s)
 
     def published(self, event: type[E_]) -> list[E_]:
-        """What was published of this class and version, by the test and by handlers, in order."""
-        return [envelope.event(event) for envelope in self._published if envelope.type == event.event_type]
+        """What was published of this class and version, by the test and by handlers, in order.
+
+        Each event once, by source and id: a handler that ran again published the same one again.
+        """
+        events = {(e.source, e.id): e for e in reversed(self._published) if e.type == event.event_type}
+        return [envelope.event(event) for envelope in reversed(events.values())]
 
     def attempts(self, handler: Handler) -> int:
         """How often *handler* has been run."""
