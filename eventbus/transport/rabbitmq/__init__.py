@@ -1,0 +1,94 @@
+"""RabbitMQ, from 3.10 on, over AMQP 0-9-1: the transport for `amqp://` and `amqps://`.
+
+Imported only where such a URL is used: `import eventbus` loads no driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from yarl import URL
+
+from eventbus.errors import SetupError, hide_password
+from eventbus.topology import Topology
+from eventbus.transport.base import Broker, Declare, Publication, Source
+from eventbus.transport.rabbitmq.consumer import RabbitConsumer
+from eventbus.transport.rabbitmq.declare import declare as declare_topology
+from eventbus.transport.rabbitmq.publisher import Publisher
+from eventbus.transport.rabbitmq.refusals import Address
+from eventbus.transport.rabbitmq.session import Session, connect
+
+__all__ = ["RabbitMQ"]
+
+
+class RabbitMQ:
+    """The `Transport` to one RabbitMQ.
+
+    *max_message_bytes*: the broker's `max_message_size` where it is configured; its line's default if left out.
+    *window*: how many publishes may be unconfirmed at a time; more wait, within their deadline.
+    """
+
+    def __init__(self, url: str, *, max_message_bytes: int | None = None, window: int = 1000) -> None:
+        self._url = _parsed(url)
+        self._address = Address.of(self._url)
+        self._max_message_bytes = max_message_bytes
+        self._window = window
+        self._publisher: Publisher | None = None
+        self._broker: Broker | None = None
+
+    @property
+    def broker(self) -> Broker:
+        assert self._broker is not None, "only after open()"
+        return self._broker
+
+    async def open(self, topology: Topology, declare: Declare) -> None:
+        publisher = Publisher(
+            lambda: self._session("publishing", topology, declare),
+            self._address,
+            max_message_bytes=self._max_message_bytes,
+            window=self._window,
+        )
+        server = (await publisher.open()).server
+        self._publisher = publisher
+        self._broker = Broker(
+            product=server.product,
+            version=server.version,
+            host=self._address.host,
+            port=self._address.port,
+            max_message_bytes=publisher.max_message_bytes,
+        )
+
+    async def publish(self, publication: Publication, *, timeout_s: float) -> bool:
+        assert self._publisher is not None, "only after open()"
+        return await self._publisher.publish(publication, timeout_s=timeout_s)
+
+    def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> RabbitConsumer:
+        purpose = "consuming " + ", ".join(source.queue for source in sources)
+        return RabbitConsumer(lambda: self._session(purpose, topology, declare), self._address, sources)
+
+    async def close(self) -> None:
+        if self._publisher is not None:
+            await self._publisher.close()
+
+    async def _session(self, purpose: str, topology: Topology, declare: Declare) -> Session:
+        session = await connect(self._url, purpose)
+        try:
+            await declare_topology(session, topology, declare)
+        except BaseException:
+            await session.close()
+            raise
+        return session
+
+
+def _parsed(url: str) -> URL:
+    shown = hide_password(url)
+    try:
+        parsed = URL(url)
+        port = parsed.port
+    except ValueError as error:
+        raise SetupError(f"{shown} is no URL ({error}): use amqp://USER:PASSWORD@HOST:5672/VHOST") from None
+    if parsed.scheme not in ("amqp", "amqps") or not parsed.host:
+        raise SetupError(f"{shown} is no URL of a RabbitMQ: use amqp://USER:PASSWORD@HOST:5672/VHOST, or amqps://")
+    if parsed.query.get("no_verify_ssl", "0") != "0":
+        raise SetupError(f"{shown} turns certificate checks off: give the broker's authority with ?cafile=PATH")
+    return parsed if port else parsed.with_port(5671 if parsed.scheme == "amqps" else 5672)

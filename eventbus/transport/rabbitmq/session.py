@@ -1,0 +1,340 @@
+"""One connection and all that hangs on it. It dies as a whole, and another one is built from the topology's data.
+
+No part of a session is ever repaired: a lost connection, a closed channel, a cancelled consumer each end all of it
+(`fail`). What the client's own recovery restores and forgets is too much to know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import aio_pika
+import aiormq
+from aio_pika.abc import ConnectionParameter
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory
+from pamqp.commands import Connection as ConnectionFrames
+from yarl import URL
+
+from eventbus.errors import SetupError, TransportError
+from eventbus.transport.base import CONNECT_TIMEOUT_S
+from eventbus.transport.rabbitmq.lines import Line, line_of
+from eventbus.transport.rabbitmq.refusals import Address, LoginRefused, Unreachable, not_connected
+
+log = logging.getLogger("eventbus.transport.rabbitmq")
+
+# Half a minute without a sign of life ends a connection; a handler may block the event loop for as long.
+HEARTBEAT_S: Final = 20
+CLOSE_TIMEOUT_S: Final = 5.0
+CLOSE_REASON_S: Final = 1.0
+# A broker that is starting may refuse logins before it has loaded its users.
+LOGIN_GRACE_S: Final = 60.0
+MAX_BACKOFF_S: Final = 10.0
+STABLE_S: Final = 30.0
+
+T = TypeVar("T")
+
+
+class Lost(Exception):  # a signal between the parts of this adapter
+    """The session died under a call. `reason` is what ended it."""
+
+    def __init__(self, reason: BaseException | None) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Who answered."""
+
+    product: str
+    version: str
+    line: Line
+    frame_max: int
+
+
+class _Wire(aiormq.TransportFactory):
+    """The socket of one connection, opened as aiormq does. Kept, since aiormq has no public way to drop it.
+
+    It also remembers what the broker said last before it hung up: aiormq reports a refused virtual host as a frame
+    that it did not expect, without the text.
+    """
+
+    def __init__(self, *, is_tls: bool) -> None:
+        self._factory = TLSTransportFactory() if is_tls else TCPTransportFactory()
+        self._writer: asyncio.StreamWriter | None = None
+        self._last_read = b""
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, self._writer = await self._factory.create(url, **kwargs)
+        reader.readexactly = self._remembering(reader.readexactly)  # type: ignore[method-assign,assignment]
+        self._reader = reader
+        return reader, self._writer
+
+    def _remembering(self, read: Callable[[int], Awaitable[bytes]]) -> Callable[[int], Any]:
+        async def readexactly(n: int) -> bytes:
+            self._last_read = await read(n)
+            return self._last_read
+
+        return readexactly
+
+    def opened(self) -> None:
+        """The handshake is over: read as fast as before."""
+        del self._reader.readexactly
+
+    def close_text(self) -> str | None:
+        """The text of the connection.close that ended the handshake, if one did."""
+        frame = ConnectionFrames.Close()
+        if int.from_bytes(self._last_read[:4], "big") != frame.index:
+            return None
+        frame.unmarshal(self._last_read[4:-1])
+        return frame.reply_text
+
+    async def writable(self) -> None:
+        """Return once the socket takes more. A broker under an alarm stops reading: this is what bounds our memory."""
+        assert self._writer is not None
+        await self._writer.drain()
+
+    def abort(self) -> None:
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+
+class _Connection(aio_pika.Connection):
+    """aio-pika's plain connection, which passes a transport factory on to aiormq."""
+
+    PARAMETERS = (
+        *aio_pika.Connection.PARAMETERS,
+        ConnectionParameter(name="transport_factory", parser=lambda factory: factory, is_kwarg=True),
+    )
+
+
+class Session:
+    """A live connection, until `fail` or `close`."""
+
+    def __init__(self, connection: _Connection, wire: _Wire, server: Server, address: Address) -> None:
+        self.server = server
+        self.address = address
+        self.is_live = True
+        self.reason: BaseException | None = None
+        self.ended = asyncio.Event()
+        self.began_s = asyncio.get_running_loop().time()
+        self._connection = connection
+        self._wire = wire
+        self._watched: set[aiormq.Channel] = set()
+        self._underlay.closing.add_done_callback(self._on_connection_closed)
+
+    @property
+    def _underlay(self) -> aiormq.abc.AbstractConnection:
+        assert self._connection.transport is not None
+        return self._connection.transport.connection
+
+    async def open_channel(self, *, confirms: bool = False) -> aiormq.Channel:
+        """A channel whose end is the session's end.
+
+        Raises:
+            Lost: the session died.
+        """
+        channel = await self.open_probe(confirms=confirms)
+        self._watched.add(channel)
+
+        def on_closed(closing: asyncio.Future[Any]) -> None:
+            if channel in self._watched:
+                self.fail(_exception_of(closing))
+
+        channel.closing.add_done_callback(on_closed)
+        return channel
+
+    async def open_probe(self, *, confirms: bool = False) -> aiormq.Channel:
+        """A throw-away channel, which may die alone.
+
+        Raises:
+            Lost: the session died.
+        """
+        async with Calling(self):
+            channel = await self._underlay.channel(publisher_confirms=confirms, on_return_raises=False)
+        assert isinstance(channel, aiormq.Channel)
+        return channel
+
+    def release(self, channel: aiormq.Channel) -> None:
+        """From now on *channel* may end alone."""
+        self._watched.discard(channel)
+
+    async def writable(self) -> None:
+        """Return once there is room to write.
+
+        Raises:
+            Lost: the session died.
+        """
+        async with Calling(self):
+            await self._wire.writable()
+
+    def fail(self, reason: BaseException | None) -> None:
+        """End of the session; the first reason counts."""
+        if self.is_live:
+            self.is_live = False
+            self.reason = reason
+            self.ended.set()
+
+    def _on_connection_closed(self, closing: asyncio.Future[Any]) -> None:
+        self.fail(_exception_of(closing))
+
+    async def close(self) -> None:
+        """Hang up, politely if the broker still answers."""
+        self.fail(None)
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._connection.close()
+        except (TimeoutError, aiormq.AMQPError, OSError):
+            log.debug("the connection to %s did not close in order", self.address)
+        finally:
+            self._wire.abort()
+
+
+class Calling:
+    """Around calls of the client: what it raises because its channel or connection died becomes `Lost`."""
+
+    __slots__ = ("_cancels", "_channel", "_session", "_task")
+
+    def __init__(self, session: Session, channel: aiormq.Channel | None = None) -> None:
+        self._session = session
+        self._channel = channel
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._cancels = self._task.cancelling() if self._task else 0
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, asyncio.CancelledError):
+            # aiormq ends what waits on a closed channel with a CancelledError; nobody has cancelled this task then.
+            if self._task is None or self._task.cancelling() > self._cancels:
+                return
+            raise Lost(await self._reason(None)) from None
+        if isinstance(error, aiormq.AMQPError | aiormq.ChannelInvalidStateError | ConnectionError | RuntimeError):
+            raise Lost(await self._reason(error)) from error
+
+    async def _reason(self, error: BaseException | None) -> BaseException | None:
+        """What ended it. Who calls while the channel is closing is told only that it is closed."""
+        if isinstance(error, aiormq.ChannelClosed | aiormq.ConnectionClosed):
+            return error
+        if self._channel is not None:
+            closing = self._channel.closing
+            await asyncio.wait([closing], timeout=CLOSE_REASON_S)
+            if closing.done() and isinstance(reason := _exception_of(closing), aiormq.AMQPError):
+                return reason
+        return self._session.reason or error
+
+
+def _exception_of(closing: asyncio.Future[Any]) -> BaseException | None:
+    return None if closing.cancelled() else closing.exception()
+
+
+async def connect(url: URL, purpose: str) -> Session:
+    """A new session for *purpose*, which the broker's own tools will show.
+
+    Raises:
+        SetupError, TransportError: why there is none.
+    """
+    _quiet_the_client()
+    address = Address.of(url)
+    wire = _Wire(is_tls=address.is_tls)
+    connection = _Connection(
+        url if "heartbeat" in url.query else url.update_query(heartbeat=HEARTBEAT_S),
+        client_properties={"connection_name": f"{_program()}: {purpose}", "product": "eventbus"},
+        transport_factory=wire,
+    )
+    try:
+        await connection.connect()
+        wire.opened()
+        server = _server(connection)
+    except BaseException as error:
+        wire.abort()
+        await connection.close()
+        if isinstance(error, Exception) and not isinstance(error, SetupError):
+            raise not_connected(error, address, wire.close_text()) from error
+        raise
+    return Session(connection, wire, server, address)
+
+
+def _server(connection: _Connection) -> Server:
+    assert connection.transport is not None
+    underlay = connection.transport.connection
+    stated = underlay.server_properties or {}
+    product, version = str(stated.get("product", "something unnamed")), str(stated.get("version", ""))
+    return Server(product, version, line_of(product, version), underlay.connection_tune.frame_max)
+
+
+def _program() -> str:
+    started = Path(sys.argv[0] if sys.argv else "")
+    name = started.parent.name if started.stem == "__main__" else started.stem
+    return f"{name or 'python'} ({os.getpid()})"
+
+
+def _quiet_the_client() -> None:
+    # What the client logs at ERROR, partly with a traceback, is raised or logged once by this adapter as well.
+    for name in ("aiormq", "aio_pika"):
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def backoff() -> Iterator[float]:
+    """Seconds to wait before each further try: soon at first, with jitter, never more than 10."""
+    step_s = 0.5
+    while True:
+        yield random.uniform(0.2, 1.0) * step_s
+        step_s = min(MAX_BACKOFF_S, step_s * 2)
+
+
+async def first(build: Callable[[], Awaitable[T]], address: Address) -> T:
+    """What *build* makes; a broker that is not there yet is waited for, for `CONNECT_TIMEOUT_S` in all.
+
+    Raises:
+        SetupError, TransportError: what *build* raised, or that nobody answered.
+    """
+    why = "no answer"
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            for delay_s in backoff():
+                try:
+                    return await build()
+                except (Unreachable, Lost) as error:
+                    why = str(error)
+                await asyncio.sleep(delay_s)
+    except TimeoutError:
+        pass
+    raise TransportError(
+        f"no RabbitMQ answered at {address} within {CONNECT_TIMEOUT_S:.0f} s ({why}): is it running, and is the URL "
+        "right?"
+    )
+
+
+async def rebuild(build: Callable[[], Awaitable[T]], refused: Callable[[SetupError], None], *, lived_s: float) -> T:
+    """What *build* makes, tried for ever. *refused* is told of each SetupError, and may raise it to give up."""
+    delays = backoff()
+    if lived_s < STABLE_S:
+        for _ in range(2):  # a session that dies at once must not be built in a tight loop
+            next(delays)
+    began_s = asyncio.get_running_loop().time()
+    for delay_s in delays:
+        await asyncio.sleep(delay_s)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                return await build()
+        except LoginRefused as error:
+            if asyncio.get_running_loop().time() - began_s > LOGIN_GRACE_S:
+                refused(error)
+        except SetupError as error:
+            refused(error)
+        except (TransportError, Lost, TimeoutError) as error:
+            log.debug("no session yet", extra={"why": str(error)})
+    raise AssertionError("backoff() never ends")
