@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr, Vali
 from pydantic.alias_generators import to_snake
 from pydantic.errors import PydanticUserError
 from pydantic_core import to_json as any_to_json
+from typing_extensions import is_typeddict
 
 from eventbus.errors import EnvelopeError, SetupError
 
@@ -172,7 +173,7 @@ def _parts(annotation: object, origin: object) -> Iterator[object]:
         return
     if issubclass(origin, BaseModel):
         yield from (field.annotation for field in origin.model_fields.values())
-    elif dataclasses.is_dataclass(origin) or typing.is_typeddict(origin) or hasattr(origin, "_fields"):
+    elif dataclasses.is_dataclass(origin) or is_typeddict(origin) or hasattr(origin, "_fields"):
         try:
             yield from typing.get_type_hints(origin).values()
         except NameError:  # a forward reference that only its own module can resolve
