@@ -129,9 +129,9 @@ class Envelope:
                 attributes[name] = value
         attributes.update(self.extensions)
         data = JSONFormat().read_data(self.data, self.datacontenttype)
-        # The SDK does not tell the JSON string "a" from the text a: bytes survive the way back.
-        if isinstance(data, str) and _is_json(self.datacontenttype):
-            data = self.data
+        # The SDK does not tell the JSON string "a" from the text a, nor null from nothing: bytes survive the way back.
+        if isinstance(data, str | None) and _is_json(self.datacontenttype):
+            data = self.data or None
         return CloudEvent(attributes, data)
 
     @classmethod
@@ -142,20 +142,33 @@ class Envelope:
             EnvelopeError: it breaks a rule of CloudEvents that the SDK does not check.
         """
         attributes = dict(event.get_attributes())
-        data = event.get_data()
-        if not isinstance(data, str | bytes | bytearray | None) and _is_json(event.get_datacontenttype()):
-            body = json.dumps(data, default=_json_default).encode()
-        else:
-            from cloudevents.core.formats.json import JSONFormat
-
-            body = JSONFormat().write_data(data, event.get_datacontenttype())
         attributes.pop("specversion")
-        return cls(**_arguments(attributes), data=body)
+        return cls(**_arguments(attributes), data=_cloudevent_data(event))
 
     def __reduce__(self) -> tuple[object, ...]:
         # The read-only view of the extensions cannot be copied or pickled; the envelope can.
         values = {name: getattr(self, name) for name in self.__slots__}
         return _rebuilt, (type(self), values | {"extensions": dict(self.extensions)})
+
+
+def _cloudevent_data(event: CloudEvent) -> bytes:
+    from cloudevents.core.formats.json import JSONFormat
+
+    data: object = event.get_data()
+    content_type = event.get_datacontenttype()
+    if isinstance(data, str | bytes | bytearray | None) or not _is_json(content_type):
+        return JSONFormat().write_data(data, content_type)  # type: ignore[arg-type]  # it takes what it gave
+    try:
+        return json.dumps(data, default=_canonical_time, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        # Not chained: the cause may quote the data.
+        raise EnvelopeError(f"the data does not serialise as JSON ({type(error).__name__})") from None
+
+
+def _canonical_time(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError
 
 
 def _rebuilt(cls: type[Envelope], values: dict[str, Any]) -> Envelope:
@@ -494,9 +507,3 @@ def _read_time(value: object) -> datetime:
     if isinstance(value, datetime):
         return value if value.tzinfo is not None else value.replace(tzinfo=UTC)  # AMQP's are UTC
     _refuse("time", "is no time: the sender must write it as RFC 3339 has it, like '2030-01-31T12:00:00Z'")
-
-
-def _json_default(value: object) -> str:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    raise TypeError(f"{type(value).__name__} does not serialise")
