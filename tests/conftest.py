@@ -1,0 +1,92 @@
+"""What tests ask for: brokers by fixture, and the line of the report that says which ones they got.
+
+    broker                  the RabbitMQ of this session, shared
+    rabbitmq_url            a fresh virtual host on it
+    every_line              one test per broker line that this machine has, each with that line's shared broker
+    own_broker              a RabbitMQ that the test may stop and kill
+    own_broker_of_every_line
+
+Virtual hosts and own brokers are cleared up, or started again, after each test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import LINES, Brokers, BrokerServer, find_lines, find_own_lines
+
+BROKERS = pytest.StashKey[Brokers]()
+EVERY_LINE = {"every_line": find_lines, "own_broker_of_every_line": find_own_lines}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[BROKERS] = Brokers()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[BROKERS].close()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for fixture, lines in EVERY_LINE.items():
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, list(lines()), indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    started = config.stash[BROKERS].started()
+    if started:
+        origins = sorted({server.origin for server in started})
+        missing = [line for line in LINES if line not in find_lines()]
+        terminalreporter.write_line(f"brokers: {'; '.join(origins)}")
+        if missing:
+            terminalreporter.write_line(f"broker lines that were not tested, since they are not here: {missing}")
+
+
+@pytest.fixture(scope="session")
+def brokers(pytestconfig: pytest.Config) -> Brokers:
+    """All of them, by line."""
+    return pytestconfig.stash[BROKERS]
+
+
+@pytest.fixture
+def broker(brokers: Brokers) -> Iterator[BrokerServer]:
+    """The RabbitMQ of this session; other tests use it too, so use `new_vhost` and break nothing."""
+    server = brokers.shared()
+    yield server
+    server.drop_vhosts()
+
+
+@pytest.fixture
+def rabbitmq_url(broker: BrokerServer) -> str:
+    """The URL of a fresh virtual host on a real RabbitMQ."""
+    return broker.new_vhost()
+
+
+@pytest.fixture
+def every_line(brokers: Brokers, request: pytest.FixtureRequest) -> Iterator[BrokerServer]:
+    """The shared RabbitMQ of each line that this machine has, one after the other."""
+    server = brokers.shared(request.param)
+    yield server
+    server.drop_vhosts()
+
+
+@pytest.fixture
+def own_broker(brokers: Brokers) -> Iterator[BrokerServer]:
+    """A RabbitMQ that the test may stop, kill and start."""
+    yield from _lent(brokers, None)
+
+
+@pytest.fixture
+def own_broker_of_every_line(brokers: Brokers, request: pytest.FixtureRequest) -> Iterator[BrokerServer]:
+    """As `own_broker`, one after the other for each line that this machine has."""
+    yield from _lent(brokers, request.param)
+
+
+def _lent(brokers: Brokers, line: str | None) -> Iterator[BrokerServer]:
+    yield (server := brokers.own(line))
+    if not server.is_running:
+        server.start()
+    server.drop_vhosts()
