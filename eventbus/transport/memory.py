@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import re
+import struct
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -28,7 +29,7 @@ from weakref import WeakValueDictionary
 
 from eventbus.clock import Clock
 from eventbus.errors import SetupError, TransportError, hide_password
-from eventbus.message import Headers, Message
+from eventbus.message import KEPT_PROPERTIES, Headers, Message
 from eventbus.topology import Topology
 from eventbus.transport.base import Broker, Declare, Delivery, NotPublished, Publication, Source, Unpublishable
 from eventbus.transport.memory_broker import DEFAULT_MAX_MESSAGES, MemoryBroker
@@ -37,6 +38,7 @@ from eventbus.transport.memory_queue import QueueConsumer
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # the default of RabbitMQ 4
 _MAX_KEY_BYTES = 255  # AMQP 0-9-1, short string
 _MAX_HEADER_NAME_BYTES = 128  # AMQP 0-9-1, section 4.2.5.5
+_MAX_HEADERS_BYTES = 128 * 1024  # RabbitMQ's default frame: a header frame cannot be split
 # A view is no ledger: one that reads this slowly misses the oldest, and never stops a publisher.
 _MAX_UNREAD = 10_000
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.1
@@ -306,13 +308,17 @@ def _storable(publication: Publication) -> Message:
     """The message as the broker keeps it: checked, and shared with nobody.
 
     Raises:
-        Unpublishable: AMQP could not carry it, so that it would fail on the day the URL changes.
+        Unpublishable: RabbitMQ would get it changed or not at all, so that it would fail on the day the URL changes.
     """
     message = publication.message
     if len(message.body) > MAX_MESSAGE_BYTES:
         raise Unpublishable(f"its body has {len(message.body)} bytes, and the broker takes at most {MAX_MESSAGE_BYTES}")
     _check_text("the routing key", publication.key, _MAX_KEY_BYTES)
-    return Message(_table(message.headers), bytes(message.body), message.content_type, _table(message.properties))
+    headers = _table(message.headers)
+    if _least_size(headers) > _MAX_HEADERS_BYTES:
+        raise Unpublishable(f"its headers take more than the {_MAX_HEADERS_BYTES} bytes that fit into one frame")
+    properties = {name: value for name, value in message.properties.items() if name in KEPT_PROPERTIES}
+    return Message(headers, bytes(message.body), message.content_type, _table(properties))
 
 
 def _table(headers: Headers) -> dict[str, object]:
@@ -324,30 +330,48 @@ def _table(headers: Headers) -> dict[str, object]:
 
 
 def _carried(name: str, value: object) -> object:
-    """*value* as it arrives after a journey through AMQP, which knows bytes, whole seconds and UTC only."""
+    """A copy of *value*, which a journey through AMQP and its client would not change."""
     match value:
-        case None | bool() | float():
+        case None | bool():
             return value
         case str():
             _check_text(f"header {name!r}", value)
             return value
         case int() if -(2**63) <= value < 2**63:
             return value
+        case float() if _is_single(value):
+            return value
         case Decimal() if _is_amqp_decimal(value):
             return value
-        case bytes() | bytearray():
-            return bytes(value)
-        case datetime():
-            aware = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
-            return aware.astimezone(UTC).replace(microsecond=0)
+        case datetime() if _is_amqp_time(value):
+            return value.astimezone(UTC)
+        case bytearray():
+            return bytearray(value)
         case list():
             return [_carried(name, inner) for inner in value]
         case dict():
             return _table(value)
-        case int():
-            raise Unpublishable(f"header {name!r} is an integer of more than 64 bits: send it as a string")
+        case int() | float() | Decimal() | datetime():
+            raise Unpublishable(f"header {name!r} is a {type(value).__name__} that AMQP would change: send it as text")
         case _:
-            raise Unpublishable(f"header {name!r} is a {type(value).__name__}, which AMQP does not carry as it is")
+            raise Unpublishable(f"header {name!r} is a {type(value).__name__}, which AMQP does not carry: send text")
+
+
+def _least_size(headers: Headers) -> int:
+    return sum(len(name) + (len(value) if isinstance(value, str) else 1) for name, value in headers.items())
+
+
+def _is_single(value: float) -> bool:
+    """Whether 32 bits are enough for *value*: the client writes no more."""
+    try:
+        return bool(struct.unpack(">f", struct.pack(">f", value))[0] == value)
+    except OverflowError:
+        return False
+
+
+def _is_amqp_time(value: datetime) -> bool:
+    """Whether *value* is whole seconds since 1970 and before 2106: the client reads larger numbers as milliseconds."""
+    return value.tzinfo is not None and not value.microsecond and 0 <= value.timestamp() < 2**32
 
 
 def _is_amqp_decimal(value: Decimal) -> bool:

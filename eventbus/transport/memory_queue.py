@@ -344,7 +344,10 @@ class MemoryQueue:
 def isolated(message: Message) -> Message:
     """A copy of *message* that may be written to without anybody else seeing it."""
     return Message(
-        {name: _copy(value) if type(value) in (dict, list) else value for name, value in message.headers.items()},
+        {
+            name: _copy(value) if type(value) in (dict, list, bytearray) else value
+            for name, value in message.headers.items()
+        },
         message.body,
         message.content_type,
         dict(message.properties) if message.properties else {},
@@ -357,6 +360,8 @@ def _copy(value: object) -> object:
             return {name: _copy(inner) for name, inner in value.items()}
         case list():
             return [_copy(inner) for inner in value]
+        case bytearray():
+            return bytearray(value)
         case _:
             return value
 
