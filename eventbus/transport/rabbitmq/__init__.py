@@ -5,18 +5,20 @@ Imported only where such a URL is used: `import eventbus` loads no driver.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from yarl import URL
 
 from eventbus.errors import SetupError, hide_password
 from eventbus.topology import Topology
-from eventbus.transport.base import Broker, Declare, Publication, Source
+from eventbus.transport.base import Broker, Declare, Delivery, NotPublished, Publication, Source
 from eventbus.transport.rabbitmq.consumer import RabbitConsumer
 from eventbus.transport.rabbitmq.declare import declare as declare_topology
+from eventbus.transport.rabbitmq.looking import browse, tail
 from eventbus.transport.rabbitmq.publisher import Publisher
 from eventbus.transport.rabbitmq.refusals import Address
-from eventbus.transport.rabbitmq.session import Session, connect
+from eventbus.transport.rabbitmq.session import Session, connect, first
 
 __all__ = ["RabbitMQ"]
 
@@ -35,10 +37,12 @@ class RabbitMQ:
         self._window = window
         self._publisher: Publisher | None = None
         self._broker: Broker | None = None
+        self._looks: set[Session] = set()
 
     @property
     def broker(self) -> Broker:
-        assert self._broker is not None, "only after open()"
+        if self._broker is None:
+            raise RuntimeError("who answers is known only after open()")
         return self._broker
 
     async def open(self, topology: Topology, declare: Declare) -> None:
@@ -59,25 +63,54 @@ class RabbitMQ:
         )
 
     async def publish(self, publication: Publication, *, timeout_s: float) -> bool:
-        assert self._publisher is not None, "only after open()"
+        if self._publisher is None:
+            raise NotPublished("the transport was never opened", maybe_stored=False)
         return await self._publisher.publish(publication, timeout_s=timeout_s)
 
     def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> RabbitConsumer:
         purpose = "consuming " + ", ".join(source.queue for source in sources)
-        return RabbitConsumer(lambda: self._session(purpose, topology, declare), self._address, sources)
+
+        async def build(is_careful: bool) -> Session:
+            return await self._session(purpose, topology, declare, is_careful=is_careful)
+
+        return RabbitConsumer(build, self._address, sources)
+
+    @asynccontextmanager
+    async def browse(self, queue: str) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        async with self._look(f"browsing {queue}") as session, browse(session, queue) as deliveries:
+            yield deliveries
+
+    @asynccontextmanager
+    async def tail(self, exchange: str, pattern: str) -> AsyncGenerator[AsyncIterator[Delivery], None]:
+        async with self._look(f"tailing {exchange}") as session, tail(session, exchange, pattern) as deliveries:
+            yield deliveries
 
     async def close(self) -> None:
+        for session in self._looks:
+            session.fail(None)  # each closes its own
         if self._publisher is not None:
             await self._publisher.close()
 
-    async def _session(self, purpose: str, topology: Topology, declare: Declare) -> Session:
-        session = await connect(self._url, purpose)
+    async def _session(
+        self, purpose: str, topology: Topology, declare: Declare, *, is_careful: bool = False
+    ) -> Session:
+        session = await connect(self._url, purpose, is_careful=is_careful)
         try:
             await declare_topology(session, topology, declare)
         except BaseException:
             await session.close()
             raise
         return session
+
+    @asynccontextmanager
+    async def _look(self, purpose: str) -> AsyncGenerator[Session, None]:
+        session = await first(lambda: connect(self._url, purpose, is_careful=True), self._address)
+        self._looks.add(session)
+        try:
+            yield session
+        finally:
+            self._looks.discard(session)
+            await session.close()
 
 
 def _parsed(url: str) -> URL:

@@ -20,6 +20,7 @@ from eventbus.message import KEPT_PROPERTIES, Message
 from eventbus.transport.base import Publication, Unpublishable
 from eventbus.transport.rabbitmq.acks import Ack, Settlement
 from eventbus.transport.rabbitmq.session import Calling, Session
+from eventbus.transport.rabbitmq.wire import UNREADABLE_DELIVERY_MODE
 
 FRAME_OVERHEAD: Final = 8
 MAX_NAME_BYTES: Final = 128  # pamqp cuts longer header names, and would say so only in a log
@@ -50,6 +51,8 @@ class Incoming:
     key: str
     is_redelivered: bool
     message: Message
+    # False: the client cannot read its headers, and `message` has none. Only on a careful connection.
+    is_readable: bool
 
 
 def encode(publication: Publication, *, frame_max: int) -> Encoded:
@@ -183,6 +186,16 @@ class ConsumingChannel:
             answer = await self._channel.basic_consume(queue, on_message)
         self._consumer_tag = answer.consumer_tag
 
+    async def get(self, queue: str) -> Incoming | None:
+        """The next message of *queue*, or None where it ends.
+
+        Raises:
+            Lost: the session died, or the broker refused: `reason` says which.
+        """
+        async with Calling(self._session, self._channel):
+            message = await self._channel.basic_get(queue)
+        return None if isinstance(message.delivery, Basic.GetEmpty) else _decoded(message)
+
     async def cancel(self) -> None:
         """Take nothing more; what was delivered can still be settled. Harmless the second time."""
         if self._consumer_tag is not None:
@@ -212,13 +225,14 @@ class ConsumerCancelled(Exception):  # what ended the session, for the log
 
 def _decoded(message: aiormq.abc.DeliveredMessage) -> Incoming:
     delivery, properties = message.delivery, message.header.properties
-    assert isinstance(delivery, Basic.Deliver)
+    assert isinstance(delivery, Basic.Deliver | Basic.GetOk)
     return Incoming(
         tag=delivery.delivery_tag or 0,
         exchange=delivery.exchange or "",
         key=delivery.routing_key or "",
         is_redelivered=bool(delivery.redelivered),
         message=decode(properties, message.body),
+        is_readable=properties.delivery_mode != UNREADABLE_DELIVERY_MODE,
     )
 
 

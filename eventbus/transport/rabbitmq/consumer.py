@@ -1,8 +1,8 @@
 """Consumes a set of queues, session after session, one channel for each queue.
 
 Probation: a session begins with one delivery at a time, so that a message that kills the process takes no innocent
-neighbours' delivery counts with it; it goes wide once a few came through. Handlers never run here: `deliver` only
-takes a delivery in.
+neighbours' delivery counts with it. It goes wide once a few came through, and what comes back too often runs alone.
+Handlers never run here: `deliver` only takes a delivery in.
 """
 
 from __future__ import annotations
@@ -17,135 +17,102 @@ from typing import Final
 import aiormq
 
 from eventbus.errors import SetupError
-from eventbus.message import Message
 from eventbus.transport.base import Source
 from eventbus.transport.rabbitmq.acks import AckBatch
 from eventbus.transport.rabbitmq.channels import ConsumingChannel, Incoming
-from eventbus.transport.rabbitmq.lines import delivery_count
+from eventbus.transport.rabbitmq.delivery import RabbitDelivery
 from eventbus.transport.rabbitmq.refusals import Address, not_allowed
-from eventbus.transport.rabbitmq.session import CLOSE_TIMEOUT_S, Lost, Session, first, log, rebuild
+from eventbus.transport.rabbitmq.session import CLOSE_TIMEOUT_S, Backoff, Lost, Session, first, log, rebuild
 
 PROBATION: Final = 3  # deliveries of a queue that must come through before it goes wide
 SUSPICIOUS_COUNT: Final = 3  # handed out this often before: it may be what ended those sessions
 
 
-class _Delivery:
-    """One message from one channel."""
-
-    __slots__ = ("_feed", "_is_settled", "_tag", "count", "exchange", "key", "message", "queue")
-
-    def __init__(self, feed: _Feed, incoming: Incoming, count: int) -> None:
-        self.message: Message = incoming.message
-        self.queue: str = feed.queue
-        self.exchange: str = incoming.exchange
-        self.key: str = incoming.key
-        self.count: int = count
-        self._feed = feed
-        self._tag = incoming.tag
-        self._is_settled = False
-
-    @property
-    def is_live(self) -> bool:
-        return self._feed.is_live
-
-    def ack(self) -> None:
-        self._settle(self._feed.ack)
-
-    def reject(self) -> None:
-        self._settle(self._feed.reject)
-
-    def _settle(self, tell: Callable[[int, int], None]) -> None:
-        # A tag that is settled twice would close the channel, and everything on it would come back.
-        if self.is_live and not self._is_settled:
-            self._is_settled = True
-            tell(self._tag, self.count)
-
-
 class _Feed:
-    """One queue in one session. `run` is the only one that talks to the broker; the rest leaves it notes."""
+    """One queue in one session. Only `run` talks to the broker; everything else leaves it notes and wakes it."""
 
     def __init__(self, session: Session, source: Source) -> None:
+        self.session = session
         self.queue = source.queue
-        self._session = session
         self._source = source
         self._channel: ConsumingChannel | None = None
         self._batch = AckBatch()
-        self._wake = asyncio.Event()
+        self._unsettled = 0
+        self._calm = 0  # how many in a row came through without suspicion
         self._is_wide = False
-        self._is_turning = False  # between narrow and wide: nothing more is taken from this channel
+        self._is_turning = False  # narrow to wide or back: nothing more is taken from this channel
         self._is_stopping = False
         self._is_closing = False
+        self._held: deque[RabbitDelivery] = deque()  # suspicious ones that wait to be alone
+        self._wake = asyncio.Event()
         self._has_stopped = asyncio.Event()
-        self._calm = 0
-        self._open = 0
-        self._held: deque[_Delivery] = deque()
-
-    @property
-    def is_live(self) -> bool:
-        return self._session.is_live
+        session.when_ended(self._wake.set)
 
     async def begin(self) -> None:
-        """Consume, carefully at first.
+        """Consume, on a fresh channel: cancel and consume on one channel breaks on 3.10.8 (rabbitmq-server #5927).
 
         Raises:
             Lost: the session died, or the broker refused.
         """
-        channel = await ConsumingChannel.open(self._session)
-        self._channel = channel
+        self._channel = await ConsumingChannel.open(self.session)
         self._batch = AckBatch()
-        self._is_turning = False
         self._calm = 0
-        await channel.consume(self.queue, self._source.prefetch if self._is_wide else 1, self._take)
+        self._is_turning = False
+        await self._channel.consume(self.queue, self._source.prefetch if self._is_wide else 1, self._take)
 
     # ── notes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, incoming: Incoming) -> None:
-        if self._is_stopping or not self.is_live:
+        if self._is_stopping or not self.session.is_live:
             return  # in flight when the consumer was cancelled: not taken, and given back with the channel
-        count = delivery_count(
-            self._session.server.line, incoming.message.headers, is_redelivered=incoming.is_redelivered
-        )
-        delivery = _Delivery(self, incoming, count)
-        is_suspicious = count >= SUSPICIOUS_COUNT
+        delivery = RabbitDelivery(self, incoming)
+        is_suspicious = delivery.count >= SUSPICIOUS_COUNT
         if self._is_wide and is_suspicious:
             self._held.append(delivery)
             self._turn()
-            return
-        if not self._is_wide and not is_suspicious and self._calm >= PROBATION - 1:
-            # The last narrow one: nothing may follow it, since its channel is closed behind it.
-            self._turn()
-        self._hand_over(delivery)
+        else:
+            if not self._is_wide and not is_suspicious and self._calm >= PROBATION - 1:
+                # The last narrow one. Cancelled now, while it fills the window of 1, the channel brings nothing more
+                # that closing it would have to give back.
+                self._turn()
+            self._hand_over(delivery, is_readable=incoming.is_readable)
 
     def _turn(self) -> None:
         self._is_turning = True
         self._wake.set()
 
-    def _hand_over(self, delivery: _Delivery) -> None:
-        self._open += 1
+    def _hand_over(self, delivery: RabbitDelivery, *, is_readable: bool = True) -> None:
+        self._unsettled += 1
+        if not is_readable:
+            log.error("headers that cannot be read: rejected", extra={"queue": self.queue, "key": delivery.key})
+            delivery.reject()
+            return
         try:
             self._source.deliver(delivery)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the message must go back and not hang here
+        except Exception as error:  # noqa: BLE001  # whatever it is, the message must not wait here for ever
             log.exception("a delivery was not taken in", extra={"queue": self.queue})
-            self._session.fail(error)
+            self.session.fail(error)
 
-    def ack(self, tag: int, count: int) -> None:
-        self._batch.ack(tag)
-        self._settled(count)
+    def ack(self, delivery: RabbitDelivery) -> None:
+        self._batch.ack(delivery.tag)
+        self._settled(delivery)
 
-    def reject(self, tag: int, count: int) -> None:
-        self._batch.reject(tag)
-        self._settled(count)
+    def reject(self, delivery: RabbitDelivery) -> None:
+        self._batch.reject(delivery.tag)
+        self._settled(delivery)
 
-    def _settled(self, count: int) -> None:
-        self._open -= 1
-        self._calm = 0 if count >= SUSPICIOUS_COUNT else self._calm + 1
+    def _settled(self, delivery: RabbitDelivery) -> None:
+        self._unsettled -= 1
+        self._calm = 0 if delivery.count >= SUSPICIOUS_COUNT else self._calm + 1
         self._wake.set()
 
     async def stop(self) -> None:
         """Take nothing more; what was delivered can still be settled."""
         self._is_stopping = True
         self._wake.set()
-        await self._has_stopped.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._has_stopped.wait()
 
     def finish(self) -> None:
         """Have `run` send what is settled, close the channel and return."""
@@ -155,64 +122,68 @@ class _Feed:
     # ── the one that talks ────────────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:
-        """Carry the notes to the broker until the session ends or `finish`."""
+        """Carry the notes to the broker until the session ends or `finish` is called."""
         try:
-            while not self._is_closing:
+            while not self._is_closing and self.session.is_live:
                 await self._wake.wait()
                 self._wake.clear()
                 await self._carry()
             await self._close_channel()
         except Lost as lost:
-            self._session.fail(lost.reason)
+            self.session.fail(lost.reason)
         finally:
             self._has_stopped.set()
 
     async def _carry(self) -> None:
         assert self._channel is not None
         await self._channel.settle(self._batch.take())
-        if not (self._is_stopping or self._is_turning):
-            return
-        await self._channel.cancel()
         if self._is_stopping:
+            await self._channel.cancel()
             self._has_stopped.set()
-        elif self._open == 0 and self._held:
-            self._hand_over(self._held.popleft())  # alone: nothing else of this queue is unsettled here
-        elif self._open == 0:
+        elif self._is_turning:
+            await self._channel.cancel()
+            if self._unsettled == 0:
+                await self._go_on()
+
+    async def _go_on(self) -> None:
+        """The channel is cancelled and everything on it settled, but what is held."""
+        if self._held:
+            self._hand_over(self._held.popleft())
+        else:
             await self._close_channel()
             self._is_wide = not self._is_wide
             await self.begin()
 
     async def _close_channel(self) -> None:
-        if self._channel is not None:
+        if self._channel is not None and self.session.is_live:
             await self._channel.settle(self._batch.take())
             await self._channel.close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Consuming:
-    """A session and what it consumes."""
+    """A session, what it consumes, and the tasks that do."""
 
     session: Session
     feeds: Sequence[_Feed]
     tasks: Sequence[asyncio.Task[None]]
 
     async def close(self) -> None:
-        """Send what is settled, hand back the rest, hang up."""
+        """Tell what is settled, give back the rest, hang up. Harmless the second time."""
         for feed in self.feeds:
             feed.finish()
-        if self.tasks:
-            _, late = await asyncio.wait(self.tasks, timeout=CLOSE_TIMEOUT_S if self.session.is_live else 0)
-            self.session.fail(None)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*self.tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await asyncio.gather(*self.tasks, return_exceptions=True)
         await self.session.close()
 
 
 class RabbitConsumer:
-    """The `Consumer` of this transport."""
+    """The `Consumer` of this transport. *build* makes a session with the topology declared, careful or not."""
 
-    def __init__(self, build: Callable[[], Awaitable[Session]], address: Address, sources: Sequence[Source]) -> None:
+    def __init__(
+        self, build: Callable[[bool], Awaitable[Session]], address: Address, sources: Sequence[Source]
+    ) -> None:
         self._build = build
         self._address = address
         self._sources = sources
@@ -220,10 +191,11 @@ class RabbitConsumer:
         self._task: asyncio.Task[None] | None = None
         self._is_over = asyncio.Event()
         self._failure: SetupError | None = None
+        self._is_careful = False
 
     async def start(self) -> None:
-        consuming = await first(self._consume, self._address)
-        self._keep_from(consuming)
+        self._consuming = await first(self._consume, self._address)
+        self._task = asyncio.create_task(self._keep(), name="eventbus consuming")
 
     async def stop(self) -> None:
         self._is_over.set()
@@ -237,7 +209,7 @@ class RabbitConsumer:
 
     async def resume(self) -> None:
         if self._task is None and not self._is_over.is_set():
-            self._task = asyncio.create_task(self._keep(None), name="eventbus consumer")
+            self._task = asyncio.create_task(self._keep(), name="eventbus consuming")
 
     async def wait(self) -> None:
         await self._is_over.wait()
@@ -257,44 +229,37 @@ class RabbitConsumer:
                 await task
 
     async def _hang_up(self) -> None:
-        consuming, self._consuming = self._consuming, None
-        if consuming is not None:
-            await consuming.close()
+        if self._consuming is not None:
+            await self._consuming.close()
+            self._consuming = None
 
-    def _keep_from(self, consuming: _Consuming) -> None:
-        self._consuming = consuming
-        self._task = asyncio.create_task(self._keep(consuming), name="eventbus consumer")
+    # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _keep(self, consuming: _Consuming | None) -> None:
+    async def _keep(self) -> None:
         """Replace the session whenever it has died; end with what cannot be recovered from."""
+        backoff = Backoff()
         try:
             while True:
-                lived_s = 0.0
-                if consuming is not None:
-                    lived_s = await self._until_lost(consuming)
-                consuming = self._consuming = await rebuild(self._consume, self._give_up, lived_s=lived_s)
+                if self._consuming is not None:
+                    await self._until_lost(self._consuming.session)
+                    backoff.after(self._consuming.session)
+                    await self._hang_up()
+                self._consuming = await rebuild(self._consume, _give_up, backoff)
                 log.info("consuming: connected again", extra=self._facts())
         except SetupError as error:
             log.error("consuming: cannot go on", extra=self._facts(why=str(error)))
             self._failure = error
             self._is_over.set()
 
-    async def _until_lost(self, consuming: _Consuming) -> float:
-        await consuming.session.ended.wait()
-        lived_s = asyncio.get_running_loop().time() - consuming.session.began_s
-        log.warning("consuming: connection lost", extra=self._facts(why=str(consuming.session.reason)))
-        await self._hang_up()
-        return lived_s
-
-    def _give_up(self, refused: SetupError) -> None:
-        raise refused
-
-    def _facts(self, **more: str) -> dict[str, object]:
-        return {"broker": str(self._address), "queues": [source.queue for source in self._sources], **more}
+    async def _until_lost(self, session: Session) -> None:
+        await session.ended.wait()
+        log.warning("consuming: connection lost", extra=self._facts(why=str(session.reason)))
+        # A message with headers that the client cannot read ends the connection, and it comes again.
+        self._is_careful = self._is_careful or isinstance(session.reason, aiormq.InvalidFrameError)
 
     async def _consume(self) -> _Consuming:
         """A session that consumes every queue."""
-        session = await self._build()
+        session = await self._build(self._is_careful)
         feeds = [_Feed(session, source) for source in self._sources]
         try:
             for feed in feeds:
@@ -306,3 +271,10 @@ class RabbitConsumer:
             raise
         tasks = [asyncio.create_task(feed.run(), name=f"eventbus feed {feed.queue}") for feed in feeds]
         return _Consuming(session, feeds, tasks)
+
+    def _facts(self, **more: str) -> dict[str, object]:
+        return {"broker": str(self._address), "queues": [source.queue for source in self._sources], **more}
+
+
+def _give_up(refused: SetupError) -> None:
+    raise refused

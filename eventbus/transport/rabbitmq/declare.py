@@ -6,16 +6,18 @@ permission runs once it exists. A service's own queues are declared and bound wi
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
-from typing import assert_never
+from typing import Final, assert_never
 
 import aiormq
 
-from eventbus.errors import SetupError
 from eventbus.topology import Binding, Exchange, Queue, Topology
 from eventbus.transport.base import Declare
-from eventbus.transport.rabbitmq.refusals import not_allowed
+from eventbus.transport.rabbitmq.refusals import Missing, not_allowed
 from eventbus.transport.rabbitmq.session import Calling, Lost, Session
+
+MAX_VIEW: Final = 10_000
 
 Part = Exchange | Queue | Binding
 
@@ -54,7 +56,7 @@ async def _verify(session: Session, topology: Topology) -> None:
     missing = await _missing(session, [*topology.exchanges, *topology.queues])
     if missing:
         names = ", ".join(f"{type(part).__name__.lower()} '{part.name}'" for part in missing)
-        raise SetupError(f"missing at {session.address}: {names}. Declare it with: eventbus topology apply")
+        raise Missing(f"missing at {session.address}: {names}. Declare it with: eventbus topology apply")
 
 
 def shared_objects(topology: Topology) -> list[Exchange | Queue]:
@@ -140,6 +142,22 @@ async def _declare(channel: aiormq.Channel, part: Part) -> None:
             await channel.exchange_bind(part.destination, part.source, part.routing_key)
         case _:
             assert_never(part)
+
+
+async def declare_view(session: Session, exchange: str, pattern: str) -> str:
+    """The name of a new private queue, bound to *exchange* by *pattern*. It goes when *session* does.
+
+    Raises:
+        Lost: the session died, or the broker refused: `reason` says which.
+    """
+    name = f"{exchange}.tail.{secrets.token_hex(8)}"
+    channel = await session.open_probe()
+    async with Calling(session, channel):
+        # Nobody waits for a view that lags: the oldest is dropped.
+        await channel.queue_declare(name, exclusive=True, auto_delete=True, arguments={"x-max-length": MAX_VIEW})
+        await channel.queue_bind(name, exchange, pattern)
+        await channel.close()
+    return name
 
 
 async def _close(session: Session, channel: aiormq.Channel) -> None:

@@ -1,7 +1,7 @@
 """Publishes, confirmed, until the deadline: over as many sessions as that takes.
 
-What was outstanding when a session died is published again on the next one. Nothing here decides what a message means:
-a publish ends as `True`, `False` (no queue took it) or `NotPublished`.
+What was outstanding when a session died is published again on the next one. Nothing here knows what a message means:
+a publish ends as `True`, as `False` (no queue took it) or as `NotPublished`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -19,18 +20,18 @@ from eventbus.errors import SetupError
 from eventbus.transport.base import NotPublished, Publication, Unpublishable
 from eventbus.transport.rabbitmq.channels import Encoded, Nacked, PublishingChannel, encode
 from eventbus.transport.rabbitmq.refusals import Address
-from eventbus.transport.rabbitmq.session import Lost, Session, backoff, first, log, rebuild
+from eventbus.transport.rabbitmq.session import Backoff, Lost, Session, first, log, rebuild
 
-TOO_LARGE: Final = re.compile(r"message size .* larger than .*?(\d+)$")
+TOO_LARGE: Final = re.compile(r"message size \d+ is larger than .*?(\d+)$")
 
 
 @dataclass(slots=True)
-class _Attempts:
+class _Progress:
     """What one publish has come to so far."""
 
+    trouble: str = "no connection to the broker"
     maybe_stored: bool = False
-    refusals: int = 0
-    last_trouble: str = "no connection to the broker"
+    missed_exchange: bool = False
 
 
 class Publisher:
@@ -41,15 +42,17 @@ class Publisher:
     ) -> None:
         self._build = build
         self._address = address
-        self._asked_max_bytes = max_message_bytes
+        self._configured_max_bytes = max_message_bytes
         self._window = asyncio.Semaphore(window)
         self._session: Session | None = None
         self._channel: PublishingChannel | None = None
-        self._changed = asyncio.Event()  # set while there is a session, or a reason to stop waiting for one
+        self._changed = asyncio.Event()  # set when there is a session, or a reason to wait for none
         self._refused: SetupError | None = None
         self._is_closed = False
         self._task: asyncio.Task[None] | None = None
-        self._learned_max_bytes: int | None = None
+        self._sent_to: Counter[str] = Counter()
+        self.max_message_bytes = 0
+        self._frame_max = 0
 
     async def open(self) -> Session:
         """Connect for the first time.
@@ -59,7 +62,7 @@ class Publisher:
         """
         session, channel = await first(self._open_session, self._address)
         self._use(session, channel)
-        self._task = asyncio.create_task(self._keep(session), name="eventbus publisher")
+        self._task = asyncio.create_task(self._keep(session), name="eventbus publishing")
         return session
 
     async def close(self) -> None:
@@ -73,94 +76,86 @@ class Publisher:
         if self._session is not None:
             await self._session.close()
 
-    @property
-    def max_message_bytes(self) -> int:
-        """The largest body that the broker takes."""
-        assert self._session is not None or self._learned_max_bytes is not None
-        limits = [limit for limit in (self._asked_max_bytes, self._learned_max_bytes) if limit is not None]
-        return min(limits)
+    # ── one message ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def publish(self, publication: Publication, *, timeout_s: float) -> bool:
         """As `Transport.publish` promises."""
-        self._check_open(maybe_stored=False)
-        attempts = _Attempts()
+        self._check_open(_Progress())
+        encoded = self._encode(publication)
+        progress = _Progress()
         try:
             async with asyncio.timeout(timeout_s), self._window:
-                return await self._until_confirmed(publication, attempts)
+                return await self._until_confirmed(encoded, progress)
         except TimeoutError:
             raise NotPublished(
-                f"not confirmed within {timeout_s:g} s: {attempts.last_trouble}",
-                maybe_stored=attempts.maybe_stored,
+                f"not confirmed within {timeout_s:g} s: {progress.trouble}",
+                maybe_stored=progress.maybe_stored,
                 timed_out=True,
             ) from None
 
-    async def _until_confirmed(self, publication: Publication, attempts: _Attempts) -> bool:
-        delays = backoff()
-        encoded: Encoded | None = None
+    def _encode(self, publication: Publication) -> Encoded:
+        size = len(publication.message.body)
+        if size > self.max_message_bytes:
+            raise _too_large(size, self.max_message_bytes)
+        return encode(publication, frame_max=self._frame_max)
+
+    async def _until_confirmed(self, encoded: Encoded, progress: _Progress) -> bool:
+        backoff = Backoff()
         while True:
-            session, channel = await self._next_session(attempts)
-            encoded = encoded or self._encode(publication, session)
+            session, channel = await self._next_session(progress)
             try:
-                attempts.last_trouble = "the broker takes no more bytes (is it under a memory or disk alarm?)"
+                progress.trouble = "the broker takes nothing in (is it under a memory or disk alarm?)"
                 await session.writable()
-                attempts.last_trouble = "no confirm came"
-                return await self._send(channel, encoded, attempts)
+                return await self._send(channel, encoded, progress)
             except Nacked:
-                attempts.last_trouble = "a queue refuses it (full, or without a majority)"
-                await asyncio.sleep(next(delays))
+                # Another queue may have stored it: a nack says only that one did not.
+                progress.trouble = "a queue refuses it (it is full, or lost its majority)"
+                await asyncio.sleep(backoff.next_s())
             except Lost as lost:
-                attempts.last_trouble = "the connection was lost"
+                progress.trouble = f"the connection was lost ({lost})"
                 session.fail(lost.reason)
-                self._judge(lost.reason, publication, attempts)
 
-    async def _send(self, channel: PublishingChannel, encoded: Encoded, attempts: _Attempts) -> bool:
-        before = attempts.maybe_stored
-        attempts.maybe_stored = True
-        was_taken = await channel.publish(encoded)
-        attempts.maybe_stored = before
-        return was_taken
+    async def _send(self, channel: PublishingChannel, encoded: Encoded, progress: _Progress) -> bool:
+        before = progress.maybe_stored
+        self._sent_to[encoded.exchange] += 1
+        mine = self._sent_to[encoded.exchange]
+        progress.maybe_stored, progress.trouble = True, "no confirm came"
+        try:
+            return await channel.publish(encoded)
+        except Lost as lost:
+            if _is_about(lost.reason, encoded):
+                # The broker refuses the first one that it may not take, and ignores what follows on that channel. So
+                # the last one sent there was certainly not stored; those before it may have been.
+                progress.maybe_stored = before or self._sent_to[encoded.exchange] != mine
+                self._judge(lost.reason, encoded, progress)
+            raise
 
-    def _encode(self, publication: Publication, session: Session) -> Encoded:
-        size, limit = len(publication.message.body), self.max_message_bytes
-        if size > limit:
-            raise Unpublishable(f"its body takes {size} bytes, and the broker accepts {limit}")
-        return encode(publication, frame_max=session.server.frame_max)
-
-    def _judge(self, reason: BaseException | None, publication: Publication, attempts: _Attempts) -> None:
-        """Raise if this publication is what the broker closed the channel for; else it is published again."""
+    def _judge(self, reason: BaseException | None, encoded: Encoded, progress: _Progress) -> None:
+        """Raise if trying again is no use."""
         text = str(reason)
-        match reason:
-            case aiormq.ChannelPreconditionFailed() if found := re.search(
-                r"message size .*larger than .*?(\d+)$", text
-            ):
-                self._learned_max_bytes = int(found[1])
-                if len(publication.message.body) > self._learned_max_bytes:
-                    raise Unpublishable(
-                        f"its body takes {len(publication.message.body)} bytes, and the broker accepts {found[1]}"
-                    )
-            case aiormq.ChannelAccessRefused() if f"exchange '{publication.exchange}'" in text:
-                raise NotPublished(text, maybe_stored=False)
-            case aiormq.ChannelNotFoundEntity() if f"exchange '{publication.exchange}'" in text:
-                # The next session declares it again, where that is its business.
-                attempts.refusals += 1
-                if attempts.refusals > 1:
-                    raise NotPublished(text, maybe_stored=False)
-            case _:
-                pass
+        if too_large := TOO_LARGE.search(text):
+            self.max_message_bytes = int(too_large[1])
+            raise _too_large(len(encoded.body), self.max_message_bytes)
+        if isinstance(reason, aiormq.ChannelAccessRefused) or progress.missed_exchange:
+            raise NotPublished(text, maybe_stored=progress.maybe_stored)
+        # The exchange is gone. The next session declares it again, if that is its business: once more, then.
+        progress.missed_exchange = True
 
-    async def _next_session(self, attempts: _Attempts) -> tuple[Session, PublishingChannel]:
+    async def _next_session(self, progress: _Progress) -> tuple[Session, PublishingChannel]:
         while True:
-            self._check_open(attempts.maybe_stored)
+            self._check_open(progress)
             if self._session is not None and self._channel is not None and self._session.is_live:
                 return self._session, self._channel
             if self._refused is not None:
-                raise NotPublished(str(self._refused), maybe_stored=attempts.maybe_stored)
+                raise NotPublished(str(self._refused), maybe_stored=progress.maybe_stored)
             self._changed.clear()
             await self._changed.wait()
 
-    def _check_open(self, maybe_stored: bool) -> None:
+    def _check_open(self, progress: _Progress) -> None:
         if self._is_closed:
-            raise NotPublished("the connection for publishing is closed", maybe_stored=maybe_stored)
+            raise NotPublished("the transport is closed", maybe_stored=progress.maybe_stored)
+
+    # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _open_session(self) -> tuple[Session, PublishingChannel]:
         session = await self._build()
@@ -171,24 +166,43 @@ class Publisher:
             raise
 
     def _use(self, session: Session, channel: PublishingChannel) -> None:
-        if self._learned_max_bytes is None:
-            self._learned_max_bytes = self._asked_max_bytes or session.server.line.max_message_bytes
+        self.max_message_bytes = self._configured_max_bytes or session.server.line.max_message_bytes
+        self._frame_max = session.server.frame_max
         self._session, self._channel, self._refused = session, channel, None
         self._changed.set()
 
     async def _keep(self, session: Session) -> None:
         """Replace the session whenever it has died."""
+        backoff = Backoff()
         while True:
             await session.ended.wait()
-            now_s = asyncio.get_running_loop().time()
             log.warning("publishing: connection lost", extra={"broker": str(self._address), "why": str(session.reason)})
+            backoff.after(session)
             await session.close()
-            session, channel = await rebuild(self._open_session, self._note, lived_s=now_s - session.began_s)
+            session, channel = await rebuild(self._open_session, self._note, backoff)
             self._use(session, channel)
             log.info("publishing: connected again", extra={"broker": str(self._address)})
 
     def _note(self, refused: SetupError) -> None:
+        """Until it is over, publishes fail with *refused*; somebody may put it right, so the tries go on."""
         if self._refused is None:
             log.error("publishing: refused", extra={"broker": str(self._address), "why": str(refused)})
         self._refused = refused
         self._changed.set()
+
+
+def _too_large(size: int, limit: int) -> Unpublishable:
+    return Unpublishable(f"its body takes {size} bytes, and the broker accepts {limit}")
+
+
+def _is_about(reason: BaseException | None, encoded: Encoded) -> bool:
+    """Whether the broker closed the channel for a message like this one."""
+    text = str(reason)
+    match reason:
+        case aiormq.ChannelPreconditionFailed():
+            limit = TOO_LARGE.search(text)
+            return limit is not None and len(encoded.body) > int(limit[1])
+        case aiormq.ChannelAccessRefused() | aiormq.ChannelNotFoundEntity():
+            return f"exchange '{encoded.exchange}'" in text
+        case _:
+            return False

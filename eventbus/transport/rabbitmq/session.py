@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +20,13 @@ from typing import Any, Final, TypeVar
 import aio_pika
 import aiormq
 from aio_pika.abc import ConnectionParameter
-from aiormq.connection import TCPTransportFactory, TLSTransportFactory
-from pamqp.commands import Connection as ConnectionFrames
 from yarl import URL
 
 from eventbus.errors import SetupError, TransportError
 from eventbus.transport.base import CONNECT_TIMEOUT_S
 from eventbus.transport.rabbitmq.lines import Line, line_of
-from eventbus.transport.rabbitmq.refusals import Address, LoginRefused, Unreachable, not_connected
+from eventbus.transport.rabbitmq.refusals import Address, LoginRefused, Missing, Unreachable, not_connected
+from eventbus.transport.rabbitmq.wire import Wire
 
 log = logging.getLogger("eventbus.transport.rabbitmq")
 
@@ -35,10 +34,11 @@ log = logging.getLogger("eventbus.transport.rabbitmq")
 HEARTBEAT_S: Final = 20
 CLOSE_TIMEOUT_S: Final = 5.0
 CLOSE_REASON_S: Final = 1.0
-# A broker that is starting may refuse logins before it has loaded its users.
-LOGIN_GRACE_S: Final = 60.0
+# A broker that is starting may not know its users yet; a queue that is gone may be declared by somebody else.
+GRACE_S: Final = 60.0
+FIRST_BACKOFF_S: Final = 0.5
 MAX_BACKOFF_S: Final = 10.0
-STABLE_S: Final = 30.0
+STABLE_S: Final = 10.0
 
 T = TypeVar("T")
 
@@ -61,53 +61,6 @@ class Server:
     frame_max: int
 
 
-class _Wire(aiormq.TransportFactory):
-    """The socket of one connection, opened as aiormq does. Kept, since aiormq has no public way to drop it.
-
-    It also remembers what the broker said last before it hung up: aiormq reports a refused virtual host as a frame
-    that it did not expect, without the text.
-    """
-
-    def __init__(self, *, is_tls: bool) -> None:
-        self._factory = TLSTransportFactory() if is_tls else TCPTransportFactory()
-        self._writer: asyncio.StreamWriter | None = None
-        self._last_read = b""
-
-    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, self._writer = await self._factory.create(url, **kwargs)
-        reader.readexactly = self._remembering(reader.readexactly)  # type: ignore[method-assign,assignment]
-        self._reader = reader
-        return reader, self._writer
-
-    def _remembering(self, read: Callable[[int], Awaitable[bytes]]) -> Callable[[int], Any]:
-        async def readexactly(n: int) -> bytes:
-            self._last_read = await read(n)
-            return self._last_read
-
-        return readexactly
-
-    def opened(self) -> None:
-        """The handshake is over: read as fast as before."""
-        del self._reader.readexactly
-
-    def close_text(self) -> str | None:
-        """The text of the connection.close that ended the handshake, if one did."""
-        frame = ConnectionFrames.Close()
-        if int.from_bytes(self._last_read[:4], "big") != frame.index:
-            return None
-        frame.unmarshal(self._last_read[4:-1])
-        return frame.reply_text
-
-    async def writable(self) -> None:
-        """Return once the socket takes more. A broker under an alarm stops reading: this is what bounds our memory."""
-        assert self._writer is not None
-        await self._writer.drain()
-
-    def abort(self) -> None:
-        if self._writer is not None:
-            self._writer.transport.abort()
-
-
 class _Connection(aio_pika.Connection):
     """aio-pika's plain connection, which passes a transport factory on to aiormq."""
 
@@ -120,7 +73,7 @@ class _Connection(aio_pika.Connection):
 class Session:
     """A live connection, until `fail` or `close`."""
 
-    def __init__(self, connection: _Connection, wire: _Wire, server: Server, address: Address) -> None:
+    def __init__(self, connection: _Connection, wire: Wire, server: Server, address: Address) -> None:
         self.server = server
         self.address = address
         self.is_live = True
@@ -130,6 +83,7 @@ class Session:
         self._connection = connection
         self._wire = wire
         self._watched: set[aiormq.Channel] = set()
+        self._when_ended: list[Callable[[], None]] = []
         self._underlay.closing.add_done_callback(self._on_connection_closed)
 
     @property
@@ -183,6 +137,12 @@ class Session:
             self.is_live = False
             self.reason = reason
             self.ended.set()
+            for callback in self._when_ended:
+                callback()
+
+    def when_ended(self, callback: Callable[[], None]) -> None:
+        """Have *callback* called at the end, from wherever that is noticed."""
+        self._when_ended.append(callback)
 
     def _on_connection_closed(self, closing: asyncio.Future[Any]) -> None:
         self.fail(_exception_of(closing))
@@ -239,15 +199,17 @@ def _exception_of(closing: asyncio.Future[Any]) -> BaseException | None:
     return None if closing.cancelled() else closing.exception()
 
 
-async def connect(url: URL, purpose: str) -> Session:
+async def connect(url: URL, purpose: str, *, is_careful: bool = False) -> Session:
     """A new session for *purpose*, which the broker's own tools will show.
+
+    On a careful one no message can end the connection, however broken its headers are; it reads slower.
 
     Raises:
         SetupError, TransportError: why there is none.
     """
     _quiet_the_client()
     address = Address.of(url)
-    wire = _Wire(is_tls=address.is_tls)
+    wire = Wire(is_tls=address.is_tls, is_careful=is_careful)
     connection = _Connection(
         url if "heartbeat" in url.query else url.update_query(heartbeat=HEARTBEAT_S),
         client_properties={"connection_name": f"{_program()}: {purpose}", "product": "eventbus"},
@@ -287,12 +249,20 @@ def _quiet_the_client() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def backoff() -> Iterator[float]:
-    """Seconds to wait before each further try: soon at first, with jitter, never more than 10."""
-    step_s = 0.5
-    while True:
-        yield random.uniform(0.2, 1.0) * step_s
-        step_s = min(MAX_BACKOFF_S, step_s * 2)
+class Backoff:
+    """How long to wait before each further try: not long at first, with jitter, never more than 10 s."""
+
+    def __init__(self) -> None:
+        self._step_s = FIRST_BACKOFF_S
+
+    def next_s(self) -> float:
+        step_s, self._step_s = self._step_s, min(MAX_BACKOFF_S, self._step_s * 2)
+        return random.uniform(0.2, 1.0) * step_s
+
+    def after(self, session: Session) -> None:
+        """*session* has ended: begin anew, unless it was one of a row that died young."""
+        if asyncio.get_running_loop().time() - session.began_s > STABLE_S:
+            self._step_s = FIRST_BACKOFF_S
 
 
 async def first(build: Callable[[], Awaitable[T]], address: Address) -> T:
@@ -302,39 +272,34 @@ async def first(build: Callable[[], Awaitable[T]], address: Address) -> T:
         SetupError, TransportError: what *build* raised, or that nobody answered.
     """
     why = "no answer"
+    backoff = Backoff()
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            for delay_s in backoff():
+            while True:
                 try:
                     return await build()
                 except (Unreachable, Lost) as error:
                     why = str(error)
-                await asyncio.sleep(delay_s)
+                await asyncio.sleep(backoff.next_s())
     except TimeoutError:
-        pass
-    raise TransportError(
-        f"no RabbitMQ answered at {address} within {CONNECT_TIMEOUT_S:.0f} s ({why}): is it running, and is the URL "
-        "right?"
-    )
+        raise TransportError(
+            f"no RabbitMQ answered at {address} within {CONNECT_TIMEOUT_S:.0f} s ({why}): is it running, and is the "
+            "URL right?"
+        ) from None
 
 
-async def rebuild(build: Callable[[], Awaitable[T]], refused: Callable[[SetupError], None], *, lived_s: float) -> T:
+async def rebuild(build: Callable[[], Awaitable[T]], refused: Callable[[SetupError], None], backoff: Backoff) -> T:
     """What *build* makes, tried for ever. *refused* is told of each SetupError, and may raise it to give up."""
-    delays = backoff()
-    if lived_s < STABLE_S:
-        for _ in range(2):  # a session that dies at once must not be built in a tight loop
-            next(delays)
     began_s = asyncio.get_running_loop().time()
-    for delay_s in delays:
-        await asyncio.sleep(delay_s)
+    while True:
+        await asyncio.sleep(backoff.next_s())
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 return await build()
-        except LoginRefused as error:
-            if asyncio.get_running_loop().time() - began_s > LOGIN_GRACE_S:
+        except (LoginRefused, Missing) as error:
+            if asyncio.get_running_loop().time() - began_s > GRACE_S:
                 refused(error)
         except SetupError as error:
             refused(error)
         except (TransportError, Lost, TimeoutError) as error:
             log.debug("no session yet", extra={"why": str(error)})
-    raise AssertionError("backoff() never ends")

@@ -1,0 +1,56 @@
+"""One delivery from one channel, to be settled once at most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from eventbus.message import Message
+from eventbus.transport.rabbitmq.channels import Incoming
+from eventbus.transport.rabbitmq.lines import delivery_count
+from eventbus.transport.rabbitmq.session import Session
+
+
+class Origin(Protocol):
+    """Where a delivery came from, and where it is settled."""
+
+    @property
+    def queue(self) -> str: ...
+    @property
+    def session(self) -> Session: ...
+    def ack(self, delivery: RabbitDelivery) -> None: ...
+    def reject(self, delivery: RabbitDelivery) -> None: ...
+
+
+class RabbitDelivery:
+    """The `Delivery` of this transport."""
+
+    __slots__ = ("_is_settled", "_origin", "count", "exchange", "key", "message", "queue", "tag")
+
+    def __init__(self, origin: Origin, incoming: Incoming) -> None:
+        self.message: Message = incoming.message
+        self.queue: str = origin.queue
+        self.exchange: str = incoming.exchange
+        self.key: str = incoming.key
+        self.tag: int = incoming.tag
+        self.count: int = delivery_count(
+            origin.session.server.line, incoming.message.headers, is_redelivered=incoming.is_redelivered
+        )
+        self._origin = origin
+        self._is_settled = False
+
+    @property
+    def is_live(self) -> bool:
+        return self._origin.session.is_live
+
+    def ack(self) -> None:
+        self._settle(self._origin.ack)
+
+    def reject(self) -> None:
+        self._settle(self._origin.reject)
+
+    def _settle(self, tell: Callable[[RabbitDelivery], None]) -> None:
+        # A tag that is settled twice would close the channel, and everything on it would come back.
+        if not self._is_settled and self.is_live:
+            self._is_settled = True
+            tell(self)
