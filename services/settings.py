@@ -13,7 +13,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SHOP_", frozen=True)
 
-    data: Path = Field(default=Path("shop-data"), description="the folder of the services' files, made if missing")
+    data: Path = Field(default=Path(".eventbus/shop"), description="the folder of the services' files, made if missing")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0: any free one")
     smtp_host: str = "127.0.0.1"

@@ -39,7 +39,7 @@ async def release(event: PaymentDeclined, context: Context[Sessions]) -> None:
     async with context.state.begin() as session:
         reservation = await session.get(Reservation, event.order_id)
         if reservation is None:
-            session.add(Reservation(event.order_id, "unwanted", f"payment declined: {event.reason}"))
+            session.add(Reservation(event.order_id, "unwanted", event.reason))
         elif reservation.status == "reserved":
             await put_back(reservation, session)
             reservation.status, reservation.reason = "released", event.reason

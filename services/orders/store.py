@@ -89,7 +89,7 @@ def learn(order: Order, fact: Fact) -> None:
             order.is_captured = True
         case PaymentDeclined():
             order.is_declined = True
-            order.reason = order.reason or f"payment declined: {fact.reason}"
+            order.reason = order.reason or fact.reason
         case PaymentRefunded():
             order.is_refunded = True
         case StockReserved():

@@ -51,9 +51,11 @@ def decide(event: OrderPlaced, unwanted: Payment | None, limit: Decimal) -> Paym
     """What to do about the money: visible in the data, so that everybody can foretell it."""
     amount, currency = event.total.amount, event.total.currency
     if unwanted is not None:
-        return Payment(event.order_id, "declined", f"not charged: {unwanted.reason}", amount, currency)
+        return Payment(event.order_id, "declined", unwanted.reason, amount, currency)
     if amount > limit:
-        return Payment(event.order_id, "declined", f"over the limit of {limit} {currency}", amount, currency)
+        return Payment(
+            event.order_id, "declined", f"payment declined: over the limit of {limit} {currency}", amount, currency
+        )
     return Payment(event.order_id, "captured", amount=amount, currency=currency)
 
 
