@@ -50,7 +50,14 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[int]:
     listener = socket.create_server((host, port))
     bound: int = listener.getsockname()[1]
     server = _Server(
-        uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=5,
+        )
     )
     task = asyncio.create_task(server.serve(sockets=[listener]), name=f"http :{bound}")
     log.info("ready: http://%s:%s", host, bound)

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.text import Text
 
 from eventbus import EventBusError, SetupError
-from eventbus.settings import Settings as BusSettings
 from services.settings import Settings
 
 LISTENERS = ("mailbox", "notifications", "marketing", "payments", "inventory", "shipping", "audit")
@@ -78,9 +77,7 @@ class Shop:
 
     async def _start(self, name: str) -> Program:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            f"services.{name}.main",
+            *command_of(name),
             env=self.environment | {"SHOP_HTTP_PORT": str(self.ports.get(name, 0))},
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -159,17 +156,26 @@ def _any_free() -> int:
         return port
 
 
-def environment_of(bus: BusSettings, ports: dict[str, int]) -> dict[str, str]:
+def command_of(name: str) -> tuple[str, ...]:
+    """What one would type: services that only listen need no more than `eventbus run`."""
+    module = f"services.{name}.main"
+    if name in (*DOORS, "mailbox"):
+        return sys.executable, "-m", module
+    return str(Path(sys.executable).with_name("eventbus")), "run", f"{module}:service"
+
+
+def environment_of(ports: dict[str, int]) -> dict[str, str]:
     """What every service is told.
 
     Raises:
         SetupError: there is no broker that processes can share.
     """
-    if bus.url is None or bus.url.startswith("memory:"):
-        given = "EVENTBUS_URL is not set" if bus.url is None else "memory:// is a broker inside one process"
+    url = os.environ.get("EVENTBUS_URL", "")
+    if not url or url.startswith("memory:"):
+        given = "memory:// is a broker inside one process" if url else "EVENTBUS_URL is not set"
         raise SetupError(f"{given}: the shop's processes need a RabbitMQ; `make broker` starts one and prints its URL")
     told = {
-        "EVENTBUS_URL": bus.url,
+        "EVENTBUS_LOG": os.environ.get("EVENTBUS_LOG", "console"),  # for people, although the output is a pipe
         "SHOP_DATA": str(Settings().data.absolute()),
         "SHOP_HTTP_HOST": "127.0.0.1",
         "SHOP_SMTP_HOST": "127.0.0.1",
@@ -181,7 +187,7 @@ def environment_of(bus: BusSettings, ports: dict[str, int]) -> dict[str, str]:
 
 async def main(console: Console) -> None:
     ports = choose_ports()
-    shop = Shop(console, environment_of(BusSettings.load(Path(".env")), ports), ports)
+    shop = Shop(console, environment_of(ports), ports)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, shop.stop.set)
     try:

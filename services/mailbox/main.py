@@ -3,6 +3,8 @@
 It needs no bus. `SHOP_REFUSE=6` refuses the first six deliveries.
 """
 
+import logging
+
 from services.http import run, serving, until_stopped
 from services.mailbox.api import create_app
 from services.mailbox.server import Mailbox, serving_smtp
@@ -11,6 +13,7 @@ from services.settings import Settings
 
 async def main() -> None:
     settings = Settings()
+    logging.getLogger("mail.log").setLevel(logging.WARNING)  # aiosmtpd's: at info it tells every address
     mailbox = Mailbox(settings.refuse)
     async with (
         serving_smtp(mailbox, settings.smtp_host, settings.smtp_port),
