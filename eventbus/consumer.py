@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, timedelta
+from types import TracebackType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -72,21 +73,6 @@ class Environment:
     jitter: Callable[[], float] = lambda: random.uniform(-1.0, 1.0)
 
 
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A handler at work, and the claim that it works under."""
-
-    key: str
-    token: str
-    task: asyncio.Task[Any]
-    cancelled_because: Outcome | None = None
-
-    def cancel(self, outcome: Outcome) -> None:
-        if self.cancelled_because is None:
-            self.cancelled_because = outcome
-            self.task.cancel()
-
-
 @dataclass(frozen=True, slots=True)
 class _Work:
     """One handler's part of a delivery; no subscription where nothing here wants it."""
@@ -96,6 +82,22 @@ class _Work:
     subscription: Subscription | None
     handler: str | None
     attempt: int
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A handler at work, and the claim that it works under."""
+
+    key: str
+    token: str
+    work: _Work
+    task: asyncio.Task[Any]
+    cancelled_because: Outcome | None = None
+
+    def cancel(self, outcome: Outcome) -> None:
+        if self.cancelled_because is None:
+            self.cancelled_because = outcome
+            self.task.cancel()
 
 
 class ServiceConsumer:
@@ -154,12 +156,15 @@ class ServiceConsumer:
         try:
             parts = await self._parts(delivery)
         except Exception:
-            # A bug of ours: the delivery stays unsettled, so that nothing is lost, and the consumer goes on.
+            # A bug of ours: it is handed back, so that nothing is lost and no window fills up with such deliveries.
             log.exception("a delivery of %s could not be settled", self.service.name)
+            self._environment.on_trouble(f"a delivery of {self.service.name} could not be settled")
+            return
+        if "nothing" in parts:
             return
         if "unpublishable" in parts:
             delivery.reject()
-        elif "nothing" not in parts:
+        else:
             delivery.ack()
 
     async def _parts(self, delivery: Delivery) -> list[Part]:
@@ -174,7 +179,9 @@ class ServiceConsumer:
         works = self._works(delivery, envelope, attempt)
         if len(works) == 1:
             return [await self._part(works[0])]
-        return list(await asyncio.gather(*(self._part(work) for work in works)))
+        # Not a TaskGroup: a bug in one part must not cancel the handlers of the others.
+        parts = await asyncio.gather(*(self._part(work) for work in works), return_exceptions=True)
+        return [_part_or_raise(part) for part in parts]
 
     def _works(self, delivery: Delivery, envelope: Envelope, attempt: int) -> list[_Work]:
         named = delivery.message.headers.get(header.HANDLER)
@@ -190,7 +197,10 @@ class ServiceConsumer:
         return [_Work(delivery, envelope, subscription, subscription.handler, attempt) for subscription in plan]
 
     async def _part(self, work: _Work) -> Part:
-        outcome, attempt = await self._outcome(work)
+        try:
+            outcome, attempt = await self._outcome(work)
+        except Exception as error:  # noqa: BLE001  # a bug of ours, or of a model's: to fail is better than to be stuck
+            outcome, attempt = failure_of(error), work.attempt
         return await self._settle(work, outcome, attempt)
 
     async def _outcome(self, work: _Work) -> tuple[Outcome, int]:
@@ -229,16 +239,15 @@ class ServiceConsumer:
             case Mine(token=token, crashes=crashes):
                 attempt = work.attempt + crashes
         if attempt > subscription.retry.attempts and crashes:
+            attempt -= 1  # this one is not made
             outcome: Outcome = Failed(f"its worker ended {crashes} times in the middle of it")
         else:
-            outcome = await self._run(_Run(key, token, _current_task()), work, subscription, event, attempt)
-        return await self._record(key, token, outcome), attempt
+            outcome = await self._run(_Run(key, token, work, _current_task()), subscription, event, attempt)
+        return await self._record(work, key, token, outcome), attempt
 
-    async def _run(
-        self, run: _Run, work: _Work, subscription: Subscription, event: BaseModel | Envelope, attempt: int
-    ) -> Outcome:
+    async def _run(self, run: _Run, subscription: Subscription, event: BaseModel | Envelope, attempt: int) -> Outcome:
         """Run the handler to its end, whatever the end is."""
-        envelope = work.envelope
+        work, envelope = run.work, run.work.envelope
         assert envelope is not None
         context: Context[Any] = Context(
             envelope,
@@ -258,7 +267,7 @@ class ServiceConsumer:
                 queue=work.delivery.queue, handler=subscription.handler, attempt=attempt,
             ) as processing:  # fmt: skip
                 began = self._environment.clock.monotonic_s()
-                outcome = await _outcome_of(subscription.function(*arguments), subscription.timeout, run)
+                outcome = await _outcome_of(lambda: subscription.function(*arguments), subscription.timeout, run)
                 if not isinstance(outcome, Handled):
                     processing.error_type = type(outcome).__name__
                 else:
@@ -267,7 +276,7 @@ class ServiceConsumer:
             self._ended(run)
         return outcome
 
-    async def _record(self, key: str, token: str, outcome: Outcome) -> Outcome:
+    async def _record(self, work: _Work, key: str, token: str, outcome: Outcome) -> Outcome:
         """Complete the claim after success, give it back otherwise."""
         store = self._environment.store
         if not isinstance(outcome, Handled):
@@ -282,7 +291,7 @@ class ServiceConsumer:
             try:
                 if await store.complete(key, token, KEEP_DONE):
                     return outcome
-                log.warning("%s lost its claim while it worked: another worker may do the same work", key)
+                self._say_claim_lost(work, "it had done the work, and another worker may do it too")
                 return ClaimedElsewhere(LEASE)
             except StoreError as error:
                 self._environment.on_trouble(f"the idempotency store does not answer: {error}")
@@ -313,7 +322,7 @@ class ServiceConsumer:
         for run in runs:
             try:
                 if not await self._environment.store.renew(run.key, run.token, LEASE) and run in self._runs:
-                    log.warning("%s lost its claim: its handler is cancelled, another worker has taken over", run.key)
+                    self._say_claim_lost(run.work, "the handler is cancelled, another worker has taken over")
                     run.cancel(ClaimedElsewhere(LEASE))
             except StoreError as error:
                 log.warning("a claim could not be renewed: %s", error)
@@ -418,62 +427,122 @@ class ServiceConsumer:
         log.log(level, "%s.%s %s, attempt %d: %s%s", self.service.name, work.handler or "?", type_, attempt, what,
                 error, extra=extra)  # fmt: skip
 
+    def _say_claim_lost(self, work: _Work, what: str) -> None:
+        # Not the key: it may be made of the event's data.
+        self._say(logging.WARNING, work, work.attempt, "claim-lost", f"lost its claim, {what}")
+
     def _facts(
         self, envelope: Envelope | None, handler: str | None, attempt: int, **facts: object
     ) -> dict[str, object]:
         return fields(envelope, service=self.service.name, handler=handler, attempt=attempt, **facts)
 
 
-async def _outcome_of(handling: Awaitable[None], timeout: timedelta, run: _Run) -> Outcome:
-    """Await a handler; whatever it raises is an outcome."""
+def _part_or_raise(part: Part | BaseException) -> Part:
+    if isinstance(part, BaseException):
+        raise part
+    return part
+
+
+async def _outcome_of(handle: Callable[[], Awaitable[None]], timeout: timedelta, run: _Run) -> Outcome:
+    """Call and await a handler; whatever it raises is an outcome."""
     deadline = asyncio.timeout(timeout.total_seconds())
     try:
         async with deadline:
-            await handling
-    except Reject as error:
-        return Refused("rejected", str(error) or "rejected without a reason")
-    except RetryLater as error:
-        return Postponed(error.delay, str(error))
-    except asyncio.CancelledError as error:
-        task = _current_task()
-        if run.cancelled_because is not None:
-            task.uncancel()
-            return run.cancelled_because
-        if task.cancelling():  # by whoever ends the event loop
-            raise
-        return _failure(error, "the handler was cancelled from within")
+            await handle()
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  # a handler that calls sys.exit() must not take its neighbours along
-        if deadline.expired() and isinstance(error, TimeoutError):
-            return _failure(error, f"timed out after {timeout.total_seconds():g} s")
-        return _failure(error, _described(error))
+        return _outcome_of_error(error, run, timed_out=timeout if deadline.expired() else None)
+    if run.cancelled_because is not None:  # and it swallowed that
+        _current_task().uncancel()
     if deadline.expired():
-        return Failed(f"timed out after {timeout.total_seconds():g} s, and did not let itself be cancelled")
+        return Failed(f"{_timed_out(timeout)}, and did not let itself be cancelled")
     return Handled()
 
 
-def _failure(error: BaseException, described: str) -> Failed:
-    frames = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without our own
-    if isinstance(error, ValidationError):  # its text shows the input
-        lines = [*traceback.format_tb(frames), described]
-    else:
-        lines = traceback.format_exception(type(error), error, frames)
-    return Failed(described, _innermost("".join(lines), LONGEST_TRACE))
+def _outcome_of_error(error: BaseException, run: _Run, *, timed_out: timedelta | None) -> Outcome:
+    if run.cancelled_because is not None:  # whatever the handler made of being cancelled
+        _current_task().uncancel()
+        return run.cancelled_because
+    match error:
+        case Reject():
+            return Refused("rejected", _text(error) or "rejected without a reason")
+        case RetryLater(delay=delay):
+            return Postponed(delay, _text(error))
+        case asyncio.CancelledError():
+            if _current_task().cancelling():  # by whoever ends the event loop
+                raise error
+            return failure_of(error, "the handler was cancelled from within")
+        case TimeoutError() if timed_out is not None:
+            return failure_of(error, _timed_out(timed_out))
+        case _:
+            return failure_of(error)
+
+
+def _timed_out(timeout: timedelta) -> str:
+    return f"timed out after {timeout.total_seconds():g} s"
+
+
+def failure_of(error: BaseException, described: str | None = None) -> Failed:
+    """The failure that *error* is, told without the data that a ValidationError would show."""
+    return Failed(described or _described(error), _innermost(_trace(error), LONGEST_TRACE))
+
+
+def _trace(error: BaseException) -> str:
+    """As Python prints it, what came first first."""
+    told: list[str] = []
+    seen: set[int] = set()
+    below: BaseException | None = error
+    link = ""
+    while below is not None and id(below) not in seen:
+        seen.add(id(below))
+        told.append(_trace_of_one(below) + link)
+        if below.__cause__ is not None:
+            below, link = below.__cause__, "\nThe above exception was the direct cause of the following exception:\n\n"
+        else:
+            below = None if below.__suppress_context__ else below.__context__
+            link = "\nDuring handling of the above exception, another exception occurred:\n\n"
+    return "".join(reversed(told))
+
+
+def _trace_of_one(error: BaseException) -> str:
+    frames = traceback.format_tb(_without_ours(error.__traceback__))
+    shows_data = isinstance(error, ValidationError)
+    said = [f"{_described(error)}\n"] if shows_data else traceback.format_exception_only(error)
+    inner = [_trace(e) for e in error.exceptions] if isinstance(error, BaseExceptionGroup) else []
+    return "".join(["Traceback (most recent call last):\n", *frames, *said, *inner])
+
+
+def _without_ours(frames: TracebackType | None) -> TracebackType | None:
+    theirs = frames
+    while theirs is not None and theirs.tb_frame.f_code.co_filename == __file__:
+        theirs = theirs.tb_next
+    return theirs or frames
 
 
 def _described(error: BaseException) -> str:
+    """The error in one line."""
+    name = type(error).__name__
     if isinstance(error, ValidationError):
-        kinds = ", ".join(
-            f"{'.'.join(map(str, problem['loc'])) or '.'}: {problem['type']}"
-            for problem in error.errors(include_input=False, include_url=False, include_context=False)[:10]
-        )
-        return f"ValidationError of {error.title}: {kinds}"
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        # Not its places: a dictionary's keys are data too.
+        problems = error.errors(include_input=False, include_url=False, include_context=False)
+        return f"{name} of {error.title}: {', '.join(dict.fromkeys(problem['type'] for problem in problems))}"
+    text = _text(error)
+    if isinstance(error, BaseExceptionGroup):
+        text = f"{text}: {'; '.join(_described(inner) for inner in error.exceptions[:3])}"
+    return f"{name}: {text}" if text else name
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  # a handler's own class of error may have a bug
+        return "(its text cannot be had)"
 
 
 def _cut(text: str, longest_bytes: int) -> str:
-    encoded = text.encode(errors="replace")
+    """*text* in one line of at most *longest_bytes*."""
+    encoded = " ".join(text.split()).encode(errors="replace")
     return (
         encoded.decode()
         if len(encoded) <= longest_bytes
