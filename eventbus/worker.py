@@ -13,25 +13,29 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from eventbus.bus import Sender, open_or_close
 from eventbus.clock import Clock, SystemClock
 from eventbus.consumer import Environment, ServiceConsumer, backoffs
 from eventbus.errors import SetupError, StoreError, TransportError, hide_password
-from eventbus.idempotency import IdempotencyStore
+from eventbus.idempotency import IdempotencyStore, MemoryStore
 from eventbus.idempotency import from_url as store_from_url
+from eventbus.idempotency.base import Mine, OnlyStoreErrors
 from eventbus.service import Service, Subscription, check_all
 from eventbus.settings import Settings
 from eventbus.topology import Names, Topology, merge, of_service, shared
 from eventbus.transport import from_url
-from eventbus.transport.base import Consumer, Declare, Source
+from eventbus.transport.base import Consumer, Declare, Source, Transport
 
 log = logging.getLogger("eventbus.worker")
 
 DEFAULT_GRACE = timedelta(seconds=30)
+CALM_S = 60.0  # trouble that comes back within this is the same trouble
 
 
 def topology_of(names: Names, subscriptions: dict[str, tuple[Subscription, ...]]) -> Topology:
@@ -63,15 +67,21 @@ class Engine:
         self._subscriptions = check_all(services)
         self._topology = topology_of(sender.names, self._subscriptions)
         self._sender = sender
-        self._store = store
+        self._store = store if isinstance(store, MemoryStore) else OnlyStoreErrors(store)
         self._declare = declare
-        environment = Environment(sender, store, clock or SystemClock(), self._trouble)
+        environment = Environment(sender, self._store, clock or SystemClock(), self._trouble)
         if jitter is not None:
-            environment = Environment(sender, store, environment.clock, self._trouble, jitter)
+            environment = replace(environment, jitter=jitter)
         self.consumers = [ServiceConsumer(s, self._subscriptions[s.name], environment) for s in services]
         self._consumer: Consumer | None = None
         self._lifespans = AsyncExitStack()
+        self._is_stopping = False
+        self._troubled_by: str | None = None
         self._recovery: asyncio.Task[None] | None = None
+        self._recovery_backoffs = backoffs()
+        self._recovered_s = 0.0  # when consuming went on, on the event loop's clock
+        self._failure: Exception | None = None
+        self._has_failed = asyncio.Event()
 
     @property
     def subscriptions(self) -> dict[str, tuple[Subscription, ...]]:
@@ -106,7 +116,18 @@ class Engine:
     async def wait(self) -> None:
         """Until consuming ends; raises what it cannot recover from."""
         assert self._consumer is not None
-        await self._consumer.wait()
+        consuming = asyncio.ensure_future(self._consumer.wait())
+        failing = asyncio.ensure_future(self._has_failed.wait())
+        try:
+            await asyncio.wait((consuming, failing), return_when=asyncio.FIRST_COMPLETED)
+            if consuming.done():
+                consuming.result()
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            consuming.cancel()
+            failing.cancel()
+            await asyncio.gather(consuming, failing, return_exceptions=True)
 
     async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
         """Drain within *grace_s*, or until *hurry* is set; then hand back the rest and end."""
@@ -116,6 +137,7 @@ class Engine:
             await self._end()
 
     async def _drain(self, grace_s: float, hurry: asyncio.Event) -> None:
+        self._is_stopping = True
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
@@ -134,31 +156,60 @@ class Engine:
             )
 
     async def _end(self) -> None:
-        await asyncio.gather(*(consumer.force() for consumer in self.consumers))
-        if self._consumer is not None:
-            await self._consumer.close()
-        await self._lifespans.aclose()
+        try:
+            await asyncio.gather(*(consumer.force() for consumer in self.consumers))
+            if self._consumer is not None:
+                await self._consumer.close()
+        finally:
+            await self._lifespans.aclose()
 
     # ── trouble: the store is down, or copies are not taken ─────────────────────────────────────────────────────────
 
     def _trouble(self, why: str) -> None:
+        if self._is_stopping:  # what is unsettled goes back in a moment anyway
+            return
+        self._troubled_by = why
         if self._recovery is None or self._recovery.done():
-            self._recovery = asyncio.get_running_loop().create_task(self._pause_until_better(why))
+            self._recovery = asyncio.get_running_loop().create_task(self._recover())
 
-    async def _pause_until_better(self, why: str) -> None:
+    async def _recover(self) -> None:
+        """Pause until it is better; again if trouble was told of while consuming was about to go on."""
         assert self._consumer is not None
-        log.error("consuming pauses: %s; what is held goes back to the broker", why)
-        await self._consumer.pause()
-        for backoff_s in backoffs():
+        loop = asyncio.get_running_loop()
+        # Each pause hands everything back and counts as a delivery of it. Trouble that comes back at once must not use
+        # up the delivery limit: its pauses grow.
+        if loop.time() - self._recovered_s > CALM_S:
+            self._recovery_backoffs = backoffs()
+        try:
+            while self._troubled_by is not None:
+                log.error("consuming pauses: %s; what is held goes back to the broker", self._troubled_by)
+                await self._consumer.pause()
+                await self._until_better()
+                self._troubled_by = None
+                await self._consumer.resume()
+                self._recovered_s = loop.time()
+        except Exception as error:  # noqa: BLE001  # it ends the worker: `wait` raises it
+            self._failure = error
+            self._has_failed.set()
+        else:
+            log.info("consuming goes on")
+
+    async def _until_better(self) -> None:
+        for backoff_s in self._recovery_backoffs:
             await asyncio.sleep(backoff_s)
-            try:
-                await self._store.free("eventbus/is-the-store-there", "no-such-token")
-            except StoreError:
-                continue
-            if all(consumer.stuck == 0 for consumer in self.consumers):
-                break
-        await self._consumer.resume()
-        log.info("consuming goes on")
+            if await self._store_answers() and all(consumer.stuck == 0 for consumer in self.consumers):
+                return
+
+    async def _store_answers(self) -> bool:
+        """Whether it takes claims: one that can only be read would not do."""
+        key = f"eventbus/is-the-store-there/{uuid4()}"
+        try:
+            claim = await self._store.claim(key, timedelta(seconds=1))
+            if isinstance(claim, Mine):
+                await self._store.free(key, claim.token)
+        except StoreError:
+            return False
+        return True
 
 
 class Worker:
@@ -187,6 +238,7 @@ class Worker:
         self._fatal: Exception | None = None
         self._hurry = asyncio.Event()
         self._asked_to_stop = asyncio.Event()
+        self._has_started = asyncio.Event()
         self._running: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -208,12 +260,25 @@ class Worker:
         self._sender = Sender(transport, names)
         try:
             self._engine = Engine(self._services, self._sender, store, declare=settings.declare)
-            await self._engine.start()
         except BaseException:
             await transport.close()
             raise
-        self._running = asyncio.get_running_loop().create_task(self._run())
+        self._running = asyncio.get_running_loop().create_task(self._run(self._engine, transport))
+        await self._started(self._running)
         return self
+
+    async def _started(self, running: asyncio.Task[None]) -> None:
+        started = asyncio.ensure_future(self._has_started.wait())
+        try:
+            await asyncio.wait((running, started), return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+        finally:
+            started.cancel()
+        if not self._has_started.is_set():
+            await running  # raises why
 
     async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self._stop()
@@ -243,32 +308,39 @@ class Worker:
         # Shielded: whoever waits may give up, the worker still drains.
         await asyncio.shield(self._running)
 
-    async def _run(self) -> None:
-        assert self._engine is not None
-        assert self._sender is not None
-        consuming = asyncio.ensure_future(self._engine.wait())
-        asked = asyncio.ensure_future(self._asked_to_stop.wait())
-        await asyncio.wait((consuming, asked), return_when=asyncio.FIRST_COMPLETED)
-        if consuming.done() and not consuming.cancelled():
-            error = consuming.exception()
-            self._fatal = error if isinstance(error, Exception) else None
-            if self._fatal is not None:
-                log.error("the worker ends: %s", self._fatal)
+    async def _run(self, engine: Engine, transport: Transport) -> None:
+        """Start, go on until asked to stop, and stop: one task, as lifespans with task groups in them need it."""
         try:
-            await self._engine.stop(self._grace_s, self._hurry)
+            await engine.start()
+            self._has_started.set()
+            try:
+                await self._until_told(engine)
+            finally:
+                await engine.stop(self._grace_s, self._hurry)
         finally:
-            for task in (consuming, asked):
-                task.cancel()
+            await transport.close()
+
+    async def _until_told(self, engine: Engine) -> None:
+        consuming = asyncio.ensure_future(engine.wait())
+        asked = asyncio.ensure_future(self._asked_to_stop.wait())
+        try:
+            await asyncio.wait((consuming, asked), return_when=asyncio.FIRST_COMPLETED)
+            if consuming.done():
+                error = consuming.exception()
+                self._fatal = error if isinstance(error, Exception) else None
+                if self._fatal is not None:
+                    log.error("the worker ends: %s", self._fatal)
+        finally:
+            consuming.cancel()
+            asked.cancel()
             await asyncio.gather(consuming, asked, return_exceptions=True)
-            await self._sender.transport.close()
 
     @staticmethod
     def _store(given: str | IdempotencyStore, url: str) -> IdempotencyStore:
-        if not isinstance(given, str):
-            return given
-        if given == "memory://" and url.startswith("amqp"):
+        store = store_from_url(given) if isinstance(given, str) else given
+        if isinstance(store, MemoryStore) and url.startswith("amqp"):
             log.warning("idempotency is memory://: duplicates are recognised within this process only")
-        return store_from_url(given)
+        return store
 
     def _describe(self) -> list[str]:
         """What runs, a line each, for people: the broker, each service, its handlers and their policies."""

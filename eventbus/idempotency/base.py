@@ -7,14 +7,22 @@ that stalled past its lease cannot overwrite the one that took over. Claims are 
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+from eventbus.errors import StoreError
+
+T = TypeVar("T")
 
 # Long enough to outlive a slow loop turn, short enough that a crashed worker's events do not wait for long. A longer
 # handler's claim is renewed.
 LEASE = timedelta(seconds=30)
 KEEP_DONE = timedelta(days=7)
+# A store that is silent for longer is down.
+ANSWER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +62,32 @@ class IdempotencyStore(Protocol):
 
     async def free(self, key: str, token: str) -> bool:
         """Give the key back, as if it had never been claimed; False if the claim is no longer this token's."""
+
+
+class OnlyStoreErrors:
+    """A store of anybody's, held to the port: whatever it raises is a StoreError, and so is a long silence."""
+
+    def __init__(self, store: IdempotencyStore) -> None:
+        self._store = store
+
+    async def claim(self, key: str, lease: timedelta) -> Claim:
+        return await self._answer(self._store.claim(key, lease))
+
+    async def renew(self, key: str, token: str, lease: timedelta) -> bool:
+        return await self._answer(self._store.renew(key, token, lease))
+
+    async def complete(self, key: str, token: str, keep: timedelta) -> bool:
+        return await self._answer(self._store.complete(key, token, keep))
+
+    async def free(self, key: str, token: str) -> bool:
+        return await self._answer(self._store.free(key, token))
+
+    async def _answer(self, asked: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await asked
+        except StoreError:
+            raise
+        except Exception as error:
+            # Its kind only: a driver's text may quote the key, which may be made of an event's data.
+            raise StoreError(f"{type(self._store).__name__} raised {type(error).__name__}") from error
