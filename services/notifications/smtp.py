@@ -5,6 +5,7 @@ error ends in logs and dead letters.
 """
 
 from dataclasses import dataclass
+from email.errors import MessageError
 from email.headerregistry import Address
 from email.message import EmailMessage
 
@@ -72,7 +73,7 @@ def compose(mail: Mail, *, message_id: str, event_id: str) -> EmailMessage:
     message["From"] = SENDER
     try:
         message["To"] = Address(addr_spec=mail.to)
-    except (ValueError, IndexError):  # the standard library's parser raises either on nonsense
+    except (ValueError, IndexError, MessageError):  # the standard library's parser raises each of them on nonsense
         raise MailRefused("the address is none that a mail can be sent to") from None
     message["Subject"] = mail.subject
     message["Message-ID"] = message_id
