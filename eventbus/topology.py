@@ -164,9 +164,7 @@ def shared(names: Names) -> Topology:
         here, below = names.delay_level(level), names.delay_level(level - 1 if level else None)
         exchanges.append(Exchange(here, "topic"))
         ttl = {"x-message-ttl": (UNIT * 2**level).total_seconds() * 1000}
-        queues.append(
-            Queue(here, quorum({k: int(v) for k, v in ttl.items()}, dead_letter_to=below), is_shared=True)
-        )
+        queues.append(Queue(here, quorum({k: int(v) for k, v in ttl.items()}, dead_letter_to=below), is_shared=True))
         before = "*." * (LEVELS - 1 - level)
         bindings.append(Binding(here, here, "queue", f"{before}1.#", is_shared=True))
         bindings.append(Binding(here, below, "exchange", f"{before}0.#", is_shared=True))
@@ -216,27 +214,18 @@ def _words(key: str) -> list[str]:
 
 
 def _matches(pattern: list[str], words: list[str]) -> bool:
-    # Positions of the pattern that are reachable after each word: linear in both, where backtracking over several `#`
-    # is not.
-    reachable = _skip_hashes(pattern, {0})
-    for word in words:
-        step: set[int] = set()
-        for position in reachable:
-            if position < len(pattern):
-                if pattern[position] == "#":
-                    step.add(position)
-                elif pattern[position] in ("*", word):
-                    step.add(position + 1)
-        reachable = _skip_hashes(pattern, step)
-        if not reachable:
+    # Greedy: only the last `#` passed so far ever has to take one word more, so nothing is tried twice for the others.
+    at = word = 0
+    last_hash, taken_until = -1, 0
+    while word < len(words):
+        if at < len(pattern) and pattern[at] == "#":
+            last_hash, taken_until = at, word
+            at += 1
+        elif at < len(pattern) and pattern[at] in ("*", words[word]):
+            at, word = at + 1, word + 1
+        elif last_hash >= 0:
+            taken_until += 1
+            at, word = last_hash + 1, taken_until
+        else:
             return False
-    return len(pattern) in reachable
-
-
-def _skip_hashes(pattern: list[str], positions: set[int]) -> set[int]:
-    result = set(positions)
-    for position in sorted(positions):
-        while position < len(pattern) and pattern[position] == "#":
-            position += 1
-            result.add(position)
-    return result
+    return all(left == "#" for left in pattern[at:])

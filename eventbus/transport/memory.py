@@ -119,6 +119,11 @@ class MemoryTransport:
             raise RuntimeError("who answers is known only after open()")
         return Broker("embedded", importlib.metadata.version("eventbus"), "memory", None, MAX_MESSAGE_BYTES)
 
+    @property
+    def embedded(self) -> MemoryBroker:
+        """The broker itself, for its instruments; only after `open`."""
+        return self._opened()
+
     async def open(self, topology: Topology, declare: Declare) -> None:
         broker = self._find()
         broker.hold(self)

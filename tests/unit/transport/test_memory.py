@@ -622,6 +622,16 @@ async def test_lose_next_drops_one_delivery_as_if_it_had_been_acked() -> None:
     assert (handled, broker.size) == (["kept"], 0)
 
 
+async def test_the_instruments_of_a_broker_are_reached_through_its_url() -> None:
+    async with opened(queue_of("q"), url="memory://instruments") as transport:
+        await publish(transport, say("seen"))
+
+        assert (transport.embedded.queues, bodies(transport.embedded)) == (("q",), ["seen"])
+
+    with pytest.raises(TransportError):
+        _ = transport.embedded
+
+
 async def test_idle_means_that_nothing_can_happen_by_itself() -> None:
     broker, held = MemoryBroker(), list[Delivery]()
     async with opened(queue_of("q"), broker=broker) as transport:
