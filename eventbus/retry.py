@@ -33,7 +33,7 @@ class Retry:
     def __post_init__(self) -> None:
         if not _is_whole(self.attempts) or self.attempts < 1:
             raise SetupError(f"Retry(attempts={self.attempts!r}): give a whole number from 1, the first try included")
-        if not _is_number(self.factor) or self.factor < 1:
+        if not _is_number(self.factor) or not 1 <= self.factor < math.inf:
             raise SetupError(f"Retry(factor={self.factor!r}): give 1 (always the same delay) or more")
         if not _is_number(self.jitter) or not 0 <= self.jitter <= 1:
             raise SetupError(f"Retry(jitter={self.jitter!r}): give a share of the delay from 0 to 1")
@@ -52,7 +52,7 @@ class Retry:
         if self.delay == timedelta(0):
             return self.delay
         try:
-            delay = min(self.delay * self.factor ** (attempt - 1), self.max_delay)
+            delay = min(self.delay * float(self.factor) ** (attempt - 1), self.max_delay)
         except OverflowError:  # beyond any float or timedelta, and so beyond max_delay
             delay = self.max_delay
         return min(delay * (1 + self.jitter * jitter), LONGEST)
@@ -70,7 +70,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _said(delay: timedelta) -> str:

@@ -64,7 +64,7 @@ class Settings(BaseModel):
 
         class FromEnvironment(cls, BaseSettings):  # type: ignore[misc, valid-type]  # a base that is a variable
             model_config = SettingsConfigDict(
-                env_prefix=PREFIX, env_file=dotenv, env_file_encoding="utf-8", env_ignore_empty=True
+                env_prefix=PREFIX, env_file=dotenv, env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore"
             )
 
         try:
