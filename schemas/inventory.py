@@ -21,7 +21,7 @@ class StockRejected(Event, name="stock_rejected", version=1):
     """Nothing is set aside for the order, and nothing will be."""
 
     order_id: UUID
-    reason: str = Field(min_length=1)
+    reason: str = Field(min_length=1, description="for the customer's eyes")
 
 
 class StockReleased(Event, name="stock_released", version=1):

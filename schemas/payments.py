@@ -23,7 +23,7 @@ class PaymentDeclined(Event, name="payment_declined", version=1):
 
     order_id: UUID
     amount: Money
-    reason: str = Field(min_length=1)
+    reason: str = Field(min_length=1, description="for the customer's eyes")
 
 
 class PaymentRefunded(Event, name="payment_refunded", version=1):

@@ -10,7 +10,7 @@ class Money(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    amount: Decimal = Field(ge=0, max_digits=12, decimal_places=2)
+    amount: Decimal = Field(ge=0, max_digits=14, decimal_places=2)
     currency: str = Field(pattern="^[A-Z]{3}$", description="ISO 4217")
 
     def __str__(self) -> str:
