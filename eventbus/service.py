@@ -324,6 +324,19 @@ def _check(service: Service[Any], given: _Registration, problems: list[str]) -> 
     )
 
 
+def pattern_of(name: str) -> str:
+    """The binding pattern of what `on` takes as a string: `order_placed.*` for `order_placed`.
+
+    Raises:
+        SetupError: *name* is no event's name, type or pattern.
+    """
+    problems: list[str] = []
+    pattern = _pattern(name, None, problems)
+    if pattern is None or problems:
+        raise SetupError("\n".join(problems))
+    return pattern
+
+
 def _pattern(name: str | type[Event], catalogue: Catalogue | None, problems: list[str]) -> str | None:
     """The binding pattern of what `on` was given; None after a problem."""
     if isinstance(name, type) and issubclass(name, Event):
