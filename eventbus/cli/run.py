@@ -1,0 +1,64 @@
+"""`eventbus run`: services in this process, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from eventbus.cli import output
+from eventbus.cli.connection import Namespace, Url, broker_url, read_settings
+
+Services = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODULE:SERVICE", help="What to run; MODULE alone: every service in it.", show_default=False
+    ),
+]
+
+
+def run(
+    services: Services,
+    url: Url = None,
+    namespace: Namespace = None,
+    idempotency: Annotated[
+        str | None, typer.Option(metavar="URL", help="Where handled keys are kept (EVENTBUS_IDEMPOTENCY, memory://)")
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long handlers at work may go on after a stop.")
+    ] = 30,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Start again when a Python file of the working directory changes.")
+    ] = False,
+    log: Annotated[
+        Literal["console", "json"] | None,
+        typer.Option(help="How to log, on stderr (EVENTBUS_LOG; console on a terminal, else json)"),
+    ] = None,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option(help="How much of it (EVENTBUS_LOG_LEVEL, info)"),
+    ] = None,
+) -> None:
+    """Run services until SIGTERM or Ctrl-C.
+
+    The first signal takes nothing more and lets handlers finish; a second one hands their events back at once.
+    """
+    settings = read_settings()
+    url = broker_url(url, settings)
+    if reload:
+        from eventbus.cli.reload import run_and_reload
+
+        raise typer.Exit(run_and_reload(grace_s=grace))
+
+    import asyncio
+    from datetime import timedelta
+
+    from eventbus.cli import load, logs
+    from eventbus.telemetry import install_sdk
+    from eventbus.worker import Worker, serve
+
+    logs.configure(log or settings.log, log_level or settings.log_level)
+    loaded = load.services(services)
+    install_sdk(",".join(service.name for service in loaded))  # before the worker, which asks for its tracer
+    worker = Worker(*loaded, url=url, namespace=namespace, idempotency=idempotency, grace=timedelta(seconds=grace))
+    asyncio.run(serve(worker, output.say))
