@@ -43,10 +43,13 @@ class Program:
         assert self.process.stdout is not None
         async for raw in self.process.stdout:
             line = raw.decode(errors="replace").rstrip()
-            self.console.print(Text(f"{self.name:>13} | ", style="dim").append(line, style="default"))
+            self.say(line)
             if READY.search(line):
                 self.ready.set()
         await self.process.wait()
+
+    def say(self, line: str) -> None:
+        self.console.print(Text(f"{self.name:>13} | ", style="dim").append(line, style="default"))
 
     def send(self, number: signal.Signals) -> None:
         if self.process.returncode is None:
@@ -85,6 +88,7 @@ class Shop:
             start_new_session=True,  # Ctrl-C is ours alone: it would reach all of them, in no order
         )
         program = Program(name, process, self.console)
+        program.say(f"process {process.pid}")
         self.programs[asyncio.create_task(program.follow(), name=name)] = program
         return program
 

@@ -59,8 +59,8 @@ async def harness(post: RunningMailbox) -> AsyncIterator[Harness]:
 
 
 def figures(harness: Harness) -> dict[str, int]:
-    """How many different events of each name were published."""
-    counted = {kind.event_name: len({e.model_dump_json() for e in harness.published(kind)}) for kind in CATALOGUE}
+    """How many events of each name were published; the harness counts an id once."""
+    counted = {kind.event_name: len(harness.published(kind)) for kind in CATALOGUE}
     return {name: count for name, count in counted.items() if count}
 
 
