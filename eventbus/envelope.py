@@ -142,7 +142,7 @@ class Envelope:
             EnvelopeError: it breaks a rule of CloudEvents that the SDK does not check.
         """
         attributes = dict(event.get_attributes())
-        attributes.pop("specversion")
+        _take_specversion(attributes)
         return cls(**_arguments(attributes), data=_cloudevent_data(event))
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -204,7 +204,16 @@ def enclose(
 
 
 def encode(envelope: Envelope) -> Message:
-    """*envelope* in binary mode."""
+    """*envelope* in binary mode.
+
+    Raises:
+        EnvelopeError: its data are a whole CloudEvent: with that content type it would be read as structured mode.
+    """
+    if envelope.datacontenttype != JSON and _is_structured(envelope.datacontenttype):
+        raise EnvelopeError(
+            f"data of the type {envelope.datacontenttype!r} cannot be published, they would be taken for the event "
+            "itself: publish the event inside, or call its data application/json"
+        )
     headers: dict[str, object] = {
         "cloudEvents_specversion": SPECVERSION,
         "cloudEvents_id": envelope.id,
@@ -237,15 +246,13 @@ def decode(message: Message, *, received: datetime) -> Envelope:
         EnvelopeError: it is no CloudEvent; its reason is `invalid-envelope`.
     """
     content_type = message.content_type or None
-    if content_type is not None and content_type[: len(_STRUCTURED)].lower() == _STRUCTURED:
+    if content_type is not None and _is_structured(content_type):
         attributes, data = _structured(content_type, message.body)
     else:
         attributes, data = _binary(message.headers), message.body
         if content_type is not None:
             attributes["datacontenttype"] = content_type
-    version = attributes.pop("specversion", None)
-    if version != SPECVERSION:
-        _refuse_specversion(version, attributes)
+    _take_specversion(attributes)
     if attributes.get("time") is None:
         timestamp = message.properties.get("timestamp")
         attributes["time"] = timestamp if isinstance(timestamp, datetime) else received
@@ -278,6 +285,10 @@ def _foreign(attributes: dict[str, Any], others: Mapping[str, object]) -> dict[s
             "the sender must write one of them (the AMQP binding allows one per message)"
         )
     return attributes
+
+
+def _is_structured(content_type: str | None) -> bool:
+    return content_type is not None and content_type[: len(_STRUCTURED)].lower() == _STRUCTURED
 
 
 def _structured(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
@@ -394,7 +405,10 @@ def _kind(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _refuse_specversion(version: object, attributes: Mapping[str, object]) -> NoReturn:
+def _take_specversion(attributes: dict[str, Any]) -> None:
+    version = attributes.pop("specversion", None)
+    if version == SPECVERSION:
+        return
     if version is None and not attributes.keys() & {"id", "source", "type"}:
         raise EnvelopeError(
             "no CloudEvents attributes: neither binary headers (cloudEvents_id, ...) nor structured mode "

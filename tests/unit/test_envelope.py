@@ -6,6 +6,8 @@ import base64
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, replace
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 from cloudevents.core.bindings import amqp, rabbitmq
+from cloudevents.core.v03.event import CloudEvent as OldCloudEvent
 from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given
 from hypothesis import strategies as st
@@ -84,6 +87,12 @@ def test_a_whole_second_is_written_as_one() -> None:
     headers = encode(replace(ENVELOPE, time=datetime(2030, 1, 1, tzinfo=UTC))).headers
 
     assert headers["cloudEvents_time"] == "2030-01-01T00:00:00Z"
+
+
+@pytest.mark.parametrize("content_type", ["application/cloudevents+json", "Application/CloudEvents-batch+json; a=b"])
+def test_data_that_would_be_read_as_the_event_itself_are_not_published(content_type: str) -> None:
+    with pytest.raises(EnvelopeError, match="would be taken for the event itself"):
+        encode(replace(ENVELOPE, datacontenttype=content_type))
 
 
 # What CloudEvents lets an attribute be; the SDK cannot carry an empty extension over JSON null, nor should it.
@@ -671,6 +680,19 @@ def test_base64_is_what_the_sdk_writes_for_bytes() -> None:
 
     assert json.loads(message.body)["data_base64"] == base64.b64encode(b"\xff\xfe").decode()
     assert read(message).data == b"\xff\xfe"
+
+
+def test_an_event_of_the_old_version_is_refused() -> None:
+    old = OldCloudEvent({"id": "1", "type": "t", "source": "/s"})
+
+    with pytest.raises(EnvelopeError, match=r"'specversion' is '0\.3'"):
+        Envelope.from_cloudevent(old)  # type: ignore[arg-type]
+
+
+def test_the_sdk_is_loaded_only_when_it_is_asked_for() -> None:
+    code = "import sys, eventbus.envelope; sys.exit('cloudevents' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def assert_hidden(error: BaseException) -> None:
