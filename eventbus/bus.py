@@ -15,9 +15,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import PurePath
 from types import TracebackType
 from typing import Self
+from urllib.parse import quote
 from uuid import uuid4
 
-from eventbus.delay import way
+from eventbus.delay import LEVELS, way
 from eventbus.envelope import Envelope, enclose, encode
 from eventbus.errors import EnvelopeError, PartlyPublished, PublishError, PublishTimeout, SetupError, Unroutable
 from eventbus.event import Event
@@ -33,7 +34,8 @@ log = logging.getLogger("eventbus.publish")
 DEFAULT_PUBLISH_TIMEOUT = timedelta(seconds=30)
 # How many of publish_many's events wait for a confirm at a time: enough to hide the round trip.
 MANY_AT_A_TIME = 1000
-LONGEST_KEY_BYTES = 255  # an AMQP short string
+# A routing key is an AMQP short string of 255 bytes; a delayed event's holds 24 words and `publish.` besides its type.
+LONGEST_TYPE_BYTES = 255 - 2 * LEVELS - len("publish.")
 
 
 class Sender:
@@ -63,6 +65,7 @@ class Sender:
         Raises:
             PublishError, EnvelopeError: as `Bus.publish` says.
         """
+        self.check(envelope)
         encoded = encode(envelope)
         headers = dict(encoded.headers)
         with self.telemetry.send(envelope, headers):
@@ -77,6 +80,21 @@ class Sender:
             self._unroutable(envelope, required=require_subscriber)
         if self._on_sent is not None:
             self._on_sent(envelope)
+
+    def check(self, envelope: Envelope) -> None:
+        """Raises:
+        EnvelopeError: *envelope* is over a limit, and can never be sent.
+        """
+        longest = self.transport.broker.max_message_bytes
+        if len(envelope.data) > longest:
+            raise EnvelopeError(
+                f"{envelope.type} {envelope.id} has {len(envelope.data)} bytes, and the broker takes {longest}: "
+                "keep large things elsewhere and send a reference"
+            )
+        if len(envelope.type.encode()) > LONGEST_TYPE_BYTES:
+            raise EnvelopeError(
+                f"the type {envelope.type[:60]!r}... is too long for a routing key: at most {LONGEST_TYPE_BYTES} bytes"
+            )
 
     async def retry(self, service: str, message: Message, delay: timedelta) -> None:
         """Let *message* come to the service's retry queue after *delay*.
@@ -112,13 +130,9 @@ class Sender:
 
     def _publication(self, type_: str, message: Message, delay: timedelta | None) -> Publication:
         if delay is None:
-            publication = Publication(self.names.events, type_, message)
-        else:
-            via = way(delay, f"publish.{type_}")
-            publication = Publication(self.names.delay_level(via.level), via.key, message)
-        if len(publication.key.encode()) > LONGEST_KEY_BYTES:
-            raise EnvelopeError(f"the type {type_[:60]!r}... is too long to be a routing key: at most 190 bytes")
-        return publication
+            return Publication(self.names.events, type_, message)
+        via = way(delay, f"publish.{type_}")
+        return Publication(self.names.delay_level(via.level), via.key, message)
 
     def _unroutable(self, envelope: Envelope, *, required: bool) -> None:
         self.telemetry.unroutable(envelope.type)
@@ -168,11 +182,12 @@ class Bus:
         Raises:
             SetupError: it cannot work. TransportError: nobody answered.
         """
+        if self._sender is not None:
+            raise SetupError("this bus is connected already: enter it once, and share it")
         settings = Settings.load()
         names = Names(self._namespace or settings.namespace)
-        self._source = (
-            self._given_source or settings.source or f"/programs/{PurePath(sys.argv[0] or 'python').stem or 'python'}"
-        )
+        self._source = self._given_source or settings.source or _source_of_this_program()
+        check_source(self._source)
         transport = from_url(self._url or settings.url, max_message_bytes=settings.max_message_bytes)
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names, timeout=self._publish_timeout)
@@ -207,14 +222,16 @@ class Bus:
         """
         if delay is not None and require_subscriber:
             raise ValueError("whether a delayed event will find a subscriber cannot be known when it is published")
+        sender = self._connected()
         envelope = self._enclose(event, id, subject, extensions)
-        await self._connected().send(envelope, delay, require_subscriber=require_subscriber)
+        await sender.send(envelope, delay, require_subscriber=require_subscriber)
         return envelope
 
     async def publish_many(self, events: Iterable[Event | Envelope]) -> list[Envelope]:
         """Publish *events* side by side and return their envelopes in order, once all are confirmed.
 
-        Not atomic, and in no promised order. What does not serialise is found before anything is sent.
+        Not atomic, and in no promised order. What does not serialise, or is over the broker's limit, is found before
+        anything is sent.
 
         Raises:
             PartlyPublished: some were not confirmed; `.failed` has an error with the envelope for each.
@@ -222,6 +239,8 @@ class Bus:
         """
         sender = self._connected()
         envelopes = [self._enclose(event, None, None, None) for event in events]
+        for envelope in envelopes:
+            sender.check(envelope)
         failed: dict[int, PublishError] = {}
         queue = iter(enumerate(envelopes))
         async with asyncio.TaskGroup() as tasks:
@@ -272,6 +291,22 @@ async def _send_from(queue: Iterator[tuple[int, Envelope]], sender: Sender, fail
             await sender.send(envelope)
         except PublishError as error:
             failed[index] = error
+        except EnvelopeError as error:  # too late to refuse the others
+            failed[index] = PublishError(str(error), envelope=envelope, maybe_stored=False)
+
+
+def _source_of_this_program() -> str:
+    return f"/programs/{quote(PurePath(sys.argv[0]).stem) or 'python'}"
+
+
+def check_source(source: str) -> None:
+    """Raises:
+    SetupError: *source* can be no event's source.
+    """
+    try:
+        Envelope(id="1", source=source, type="any.v1", time=datetime.now(UTC))
+    except EnvelopeError as error:
+        raise SetupError(f"source={source!r} cannot be: {error}") from error
 
 
 async def open_or_close(transport: Transport, names: Names, settings: Settings) -> None:

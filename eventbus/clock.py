@@ -58,7 +58,7 @@ class _VirtualTimer:
 
 
 class VirtualClock:
-    """Time that stands still until `advance_to_next` or `advance` moves it."""
+    """Time that stands still until `ring_next` or `set_to` moves it."""
 
     def __init__(self) -> None:
         self._elapsed_s = 0.0

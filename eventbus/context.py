@@ -18,6 +18,7 @@ from uuid import UUID
 from typing_extensions import TypeVar
 
 from eventbus.envelope import Envelope, enclose
+from eventbus.errors import EnvelopeError
 from eventbus.event import Event
 
 S = TypeVar("S", default=Any)  # what the service's lifespan yields; Any where there is none, as in `Context` alone
@@ -99,15 +100,17 @@ class Context(Generic[S]):
                 subject=event.subject if subject is None else subject,
                 extensions={**related, **event.extensions, **extensions},
             )
+        if not isinstance(event, Event):
+            raise EnvelopeError(f"{type(event).__name__} is neither an Event nor an Envelope: subclass eventbus.Event")
         envelope = enclose(
             event,
-            id=id or "derived below",
+            id="derived below" if id is None else id,
             source=self._source,
             time=datetime.now(UTC),
             subject=subject,
             extensions={**related, **extensions},
         )
-        return envelope if id else replace(envelope, id=self._derived_id(envelope))
+        return replace(envelope, id=self._derived_id(envelope)) if id is None else envelope
 
     def _derived_id(self, envelope: Envelope) -> str:
         cause = self._envelope

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self, get_args
@@ -28,7 +28,7 @@ from eventbus.transport.base import NotPublished
 __all__ = ["DeadLetter", "DeadLetters", "Reason"]
 
 # How the broker says why it moved a message by itself, in x-death.
-_BROKERS_REASONS: Mapping[object, tuple[Reason, str]] = {
+_BROKERS_REASONS: Mapping[str, tuple[Reason, str]] = {
     "rejected": ("rejected", "rejected to the broker: no copy of it could be published"),
     "delivery_limit": ("delivery-limit", "its workers ended in the middle of it, again and again"),
 }
@@ -44,21 +44,22 @@ class DeadLetter:
 
     id: str
     envelope: Envelope | None
-    body: bytes
-    headers: dict[str, object]
+    body: bytes = field(repr=False)  # data: it must not get into a log by `print(letter)`
+    headers: dict[str, object] = field(repr=False)
     service: str
     handler: str | None
     reason: Reason
     error: str
     attempts: int
     first_failed: datetime
-    trace: str = ""
+    trace: str = field(default="", repr=False)
 
 
 class DeadLetters:
     """The dead letters of *service*; an async context manager.
 
-    Iterate to look at them, oldest first. While an iteration holds them, another desk does not see them.
+    Iterate to look at them, oldest first. They are read when the iteration begins, and are back in their place before
+    the first is given out: an iteration can be left early, and a replay inside one finds what it asks for.
     """
 
     def __init__(self, service: str, *, url: str | None = None, namespace: str | None = None) -> None:
@@ -89,8 +90,9 @@ class DeadLetters:
         """Each dead letter that is there now, oldest first; all stay where they are."""
         sender = self._connected()
         async with sender.transport.browse(sender.names.dead_queue(self._service)) as deliveries:
-            async for delivery in deliveries:
-                yield read(delivery.message, self._service)
+            letters = [read(delivery.message, self._service) async for delivery in deliveries]
+        for letter in letters:
+            yield letter
 
     async def replay(self, which: Callable[[DeadLetter], bool] = lambda _: True) -> int:
         """Publish those that *which* picks again, to the handler that gave up, and return how many.
@@ -102,12 +104,14 @@ class DeadLetters:
             TransportError: one was not confirmed; it and those behind it stay dead letters.
         """
         sender = self._connected()
-        replayed = 0
         async with sender.transport.browse(sender.names.dead_queue(self._service)) as deliveries:
-            async for delivery in deliveries:
-                dead = read(delivery.message, self._service)
-                if not which(dead):
-                    continue
+            # All are picked before the first is published: what a replay gives up again comes back to this very queue.
+            picked = [
+                (delivery, dead)
+                async for delivery in deliveries
+                if which(dead := read(delivery.message, self._service))
+            ]
+            for replayed, (delivery, dead) in enumerate(picked):
                 try:
                     await sender.replay(self._service, _fresh(delivery.message, dead))
                 except NotPublished as error:
@@ -115,8 +119,7 @@ class DeadLetters:
                         f"dead letter {dead.id} could not be replayed ({error.why}); {replayed} were"
                     ) from error
                 delivery.ack()
-                replayed += 1
-        return replayed
+        return len(picked)
 
     def _connected(self) -> Sender:
         if self._sender is None:
@@ -138,7 +141,7 @@ def read(message: Message, service: str) -> DeadLetter:
     """A message of a dead queue as what it is. Never fails: whatever is there can be looked at."""
     headers = dict(message.headers)
     death = _death(headers)
-    reason, error = _BROKERS_REASONS.get(death.get("reason"), ("rejected", "moved here by the broker"))
+    reason, error = _BROKERS_REASONS.get(str(death.get("reason")), ("rejected", "moved here by the broker"))
     if headers.get(header.REASON) in get_args(Reason):
         reason, error = headers[header.REASON], str(headers.get(header.ERROR, ""))  # type: ignore[assignment]  # checked
     handler, attempts = headers.get(header.HANDLER), headers.get(header.ATTEMPT)
@@ -168,7 +171,7 @@ def _time(value: object) -> datetime | None:
     if isinstance(value, datetime):
         return value if value.tzinfo else value.replace(tzinfo=UTC)
     try:
-        return datetime.fromisoformat(value) if isinstance(value, str) else None
+        return _time(datetime.fromisoformat(value)) if isinstance(value, str) else None
     except ValueError:
         return None
 

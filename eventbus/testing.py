@@ -18,7 +18,7 @@ from eventbus.bus import Sender
 from eventbus.clock import VirtualClock
 from eventbus.context import Context
 from eventbus.dead_letters import DeadLetter, read
-from eventbus.delay import LONGEST
+from eventbus.delay import LONGEST, way
 from eventbus.envelope import Envelope, enclose
 from eventbus.errors import SetupError
 from eventbus.event import Event
@@ -33,6 +33,8 @@ E_ = TypeVar("E_", bound=Event)
 S_ = TypeVar("S_")
 
 SOURCE = "/tests"
+# Of handlers, without time passing: more is a circle of events.
+MOST_ATTEMPTS_AT_ONCE = 100_000
 
 
 class _NoEvent(Event, name="no_event"):
@@ -60,7 +62,9 @@ class RecordedContext(Context[S_], Generic[S_]):
 
 
 async def _nowhere(envelope: Envelope, delay: timedelta | None) -> None:
-    """A recorded context publishes nothing."""
+    """A recorded context publishes nothing, but refuses the delays that a real one refuses."""
+    if delay is not None:
+        way(delay, f"publish.{envelope.type}")
 
 
 def context(event: Event | None = None, *, state: S_ = None, attempt: int = 1) -> RecordedContext[S_]:  # type: ignore[assignment]  # no state: None
@@ -114,8 +118,10 @@ class Harness:
 
     async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         sender, engine = self._running()
-        await engine.stop(grace_s=0.0 if e is not None else 30.0, hurry=asyncio.Event())
-        await sender.transport.close()
+        try:
+            await engine.stop(grace_s=0.0 if e is not None else 30.0, hurry=asyncio.Event())
+        finally:
+            await sender.transport.close()
         if e is None:
             self._complain_of_unseen()
 
@@ -130,7 +136,8 @@ class Harness:
         """Wait until every event has come to its end, retries and delayed events included: time runs as far as needed.
 
         Raises:
-            AssertionError: it never ends (42 days and more): something publishes itself again and again.
+            AssertionError: it never ends (42 days and more, or 100,000 attempts at once): something publishes itself
+                again and again.
         """
         give_up_s = self._clock.monotonic_s() + 2 * LONGEST.total_seconds()
         await self._quiet()
@@ -191,7 +198,12 @@ class Harness:
         """Until nothing can go on without time passing. Handlers may wait for real things, so this polls."""
         _, engine = self._running()
         calm = 0
+        give_up_at = self._attempts.total() + MOST_ATTEMPTS_AT_ONCE
         while calm < 3:  # a delivery takes a loop turn from the broker to its consumer
+            if self._attempts.total() > give_up_at:
+                raise AssertionError(
+                    f"not settled after {MOST_ATTEMPTS_AT_ONCE} attempts: does a handler publish its own event again?"
+                )
             await asyncio.sleep(0)
             is_calm = self._broker.is_idle() and all(consumer.is_idle for consumer in engine.consumers)
             calm = calm + 1 if is_calm else 0
