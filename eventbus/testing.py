@@ -29,6 +29,8 @@ from eventbus.transport.memory import MemoryTransport
 from eventbus.transport.memory_broker import MemoryBroker
 from eventbus.worker import Engine
 
+__all__ = ["Harness", "RecordedContext", "context"]
+
 E_ = TypeVar("E_", bound=Event)
 S_ = TypeVar("S_")
 

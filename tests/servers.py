@@ -10,7 +10,7 @@ A line is looked for in this order; what is here already goes before what must b
 
 Where none of the lines is found, `rabbitmq-server` is installed through apt if we may; else the error says what to do.
 
-    python -m tests.servers [--line 4.3] [--write FILE]     a RabbitMQ of one's own, until Ctrl-C
+    python -m tests.servers [--line 4.3] [--write FILE] [-- COMMAND...]     a RabbitMQ of one's own
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import re
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class BrokerServer:
     @property
     def origin(self) -> str:
         """What it is and where it came from, for the report."""
-        return f"{self._engine.origin} (RabbitMQ {self.version})"
+        return f"RabbitMQ {self.version}, {self._engine.origin}"
 
     def start(self) -> None:
         """Start it, with the ports and the data that it had; it answers when this returns."""
@@ -360,19 +361,22 @@ def _running(servers: dict[str, BrokerServer], sources: Mapping[str, Source], li
 
 
 def main() -> int:
-    """`python -m tests.servers`: a RabbitMQ of one's own, until Ctrl-C."""
+    """`python -m tests.servers`: a RabbitMQ of one's own, until Ctrl-C or for as long as COMMAND runs."""
     parser = argparse.ArgumentParser(prog="python -m tests.servers", description=main.__doc__)
     parser.add_argument("--line", help=f"the broker line: {', '.join(LINES)} (default: a container of the newest)")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the URL into FILE, and remove it at the end")
+    parser.add_argument("command", nargs="*", help="run this with EVENTBUS_URL set, and end with it")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     brokers = Brokers()
     try:
         server = brokers.own(options.line or line_for_a_person())
-        print(f"# {server.origin}, until Ctrl-C; management: {server.management_url} (guest, guest)")
+        print(f"# {server.origin}; management: {server.management_url} (guest, guest)")
         print(f"EVENTBUS_URL={server.url}", flush=True)
         if options.write:
             options.write.write_text(server.url + "\n")
+        if options.command:
+            return run_with(server.url, options.command)
         signal.pause()
     except NoBroker as error:
         print(error, file=sys.stderr)
@@ -384,6 +388,17 @@ def main() -> int:
             options.write.unlink(missing_ok=True)
         brokers.close()
     return 0
+
+
+def run_with(url: str, command: Sequence[str]) -> int:
+    """Run *command* on the broker at *url*; its exit code.
+
+    Ctrl-C on a terminal reaches the command too, which may need a while to end in order: we wait. SIGTERM is passed on.
+    """
+    process = subprocess.Popen(command, env={**os.environ, "EVENTBUS_URL": url})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    return process.wait()
 
 
 def line_for_a_person() -> str:

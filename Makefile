@@ -1,0 +1,55 @@
+# `make` alone says what there is. Every target sets up what it needs, in .venv.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check broker shop clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Installed as pinned, the build backend too. No prompt: CI has nobody to answer it.
+INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt
+PACKAGE := $(INSTALL) --build-constraint constraints.txt --editable .
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+
+setup: $(VENV)/.dev  ## .venv with everything, once and again when pyproject.toml or constraints.txt change
+
+demo: $(VENV)/.shop  ## the shop at work; URL=amqp://... on that broker, KEEP=1 leaves it up, SABOTAGE=lose|twice
+	@$(BIN)/eventbus demo $(if $(URL),--url '$(URL)') $(if $(KEEP),--keep) $(if $(SABOTAGE),--sabotage $(SABOTAGE))
+
+test: $(VENV)/.dev  ## all tests, against a real RabbitMQ that they get themselves; ARGS=... for pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev  ## format, lint, types, the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+broker: $(VENV)/.dev  ## a RabbitMQ of your own until Ctrl-C; LINE=3.10|4.0|4.3
+	@$(BIN)/python -m tests.servers $(if $(LINE),--line $(LINE))
+
+shop: $(VENV)/.dev  ## every service of the shop as a process of its own, until Ctrl-C; URL=amqp://... on that broker
+	@$(if $(URL),EVENTBUS_URL='$(URL)',$(BIN)/python -m tests.servers --) $(BIN)/python -m services.shop
+
+clean:  ## remove .venv and what tools left
+	rm -rf $(VENV) build dist .eventbus .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# ── the environment ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+$(VENV)/.dev: $(VENV)/.shop
+	@echo 'installing what tests and checks need'
+	@$(PACKAGE) --group dev
+	@touch $@
+
+$(VENV)/.shop: $(VENV)/.python pyproject.toml constraints.txt
+	@echo 'installing eventbus and what the shop needs'
+	@$(PACKAGE) --group shop
+	@touch $@
+
+$(VENV)/.python:
+	@python=$$(.ci/python) && echo "creating $(VENV) with $$python" && $$python -m venv $(VENV)
+	@$(INSTALL) --upgrade pip
+	@touch $@

@@ -1,0 +1,42 @@
+"""`import eventbus` is cheap: no driver, no web framework, no command line library, whatever of it is used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+# Drivers, frameworks and stores: what only a user of that part of the bus pays for.
+HEAVY = {
+    *("aio_pika", "aiormq", "pamqp", "redis", "sqlalchemy"),
+    *("fastapi", "starlette", "uvicorn", "httpx", "requests", "http.server"),
+    *("typer", "click", "rich", "watchfiles"),
+    *("opentelemetry.sdk", "opentelemetry.exporter", "cloudevents", "pythonjsonlogger"),
+}
+
+
+def loaded_by(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_importing_the_package_loads_no_driver_no_framework_and_no_command_line() -> None:
+    assert loaded_by("import eventbus") & HEAVY == set()
+
+
+def test_using_every_public_name_loads_none_either() -> None:
+    assert loaded_by("from eventbus import *; assert Bus and Worker and Service") & HEAVY == set()
+
+
+def test_the_embedded_broker_loads_none_either() -> None:
+    assert loaded_by("import eventbus.transport; eventbus.transport.from_url('memory://')") & HEAVY == set()
+
+
+def test_a_connection_to_rabbitmq_would_be_noticed() -> None:
+    assert "aio_pika" in loaded_by("import eventbus.transport; eventbus.transport.from_url('amqp://localhost/')")
