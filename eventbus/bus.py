@@ -19,7 +19,7 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from eventbus.delay import LEVELS, way
-from eventbus.envelope import Envelope, enclose, encode
+from eventbus.envelope import Envelope, check_source, enclose, encode
 from eventbus.errors import EnvelopeError, PartlyPublished, PublishError, PublishTimeout, SetupError, Unroutable
 from eventbus.event import Event
 from eventbus.message import Message
@@ -297,16 +297,6 @@ async def _send_from(queue: Iterator[tuple[int, Envelope]], sender: Sender, fail
 
 def _source_of_this_program() -> str:
     return f"/programs/{quote(PurePath(sys.argv[0]).stem) or 'python'}"
-
-
-def check_source(source: str) -> None:
-    """Raises:
-    SetupError: *source* can be no event's source.
-    """
-    try:
-        Envelope(id="1", source=source, type="any.v1", time=datetime.now(UTC))
-    except EnvelopeError as error:
-        raise SetupError(f"source={source!r} cannot be: {error}") from error
 
 
 async def open_or_close(transport: Transport, names: Names, settings: Settings) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 from pydantic import BaseModel
 from pydantic_core import to_json as any_to_json
 
-from eventbus.errors import EnvelopeError
+from eventbus.errors import EnvelopeError, SetupError
 from eventbus.event import Event, from_json, to_json
 from eventbus.message import Message
 
@@ -198,6 +198,16 @@ def enclose(
         extensions=extensions or _NO_EXTENSIONS,
         data=to_json(event),
     )
+
+
+def check_source(source: str) -> None:
+    """Raises:
+    SetupError: *source* can be no event's source.
+    """
+    try:
+        _check_uri_reference("source", source)
+    except EnvelopeError as error:
+        raise SetupError(f"source={source!r} cannot be: {error}") from error
 
 
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────

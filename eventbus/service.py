@@ -7,6 +7,7 @@ every mistake with its place, all at once, when something is about to be started
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import re
@@ -17,15 +18,16 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any, Generic, Never, get_args, get_origin
 
 from pydantic import BaseModel
 from typing_extensions import TypeVar
 
 from eventbus.context import S
-from eventbus.envelope import Envelope
+from eventbus.envelope import Envelope, check_source
 from eventbus.errors import EnvelopeError, SetupError
-from eventbus.event import Catalogue, Event, is_name, split_type
+from eventbus.event import LONGEST_TYPE, Catalogue, Event, is_name, split_type
 from eventbus.retry import Retry
 from eventbus.topology import check_service_name, matches
 
@@ -40,6 +42,7 @@ LONGEST_TIMEOUT = timedelta(minutes=25)
 DEFAULT_TIMEOUT = timedelta(seconds=30)
 
 _WHOLE_WORD = re.compile(r"[^.*#\s]+|\*|#")
+_VERSION_WORD = re.compile(r"v[0-9]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,13 @@ class Reads:
     events: Mapping[str, type[Event]] | None = None  # by type
     model: type[BaseModel] | None = None  # a plain model: whatever comes
     envelope: bool = False
+
+    @property
+    def models(self) -> tuple[type[BaseModel], ...]:
+        """Every class that an event may be read as."""
+        if self.events is not None:
+            return tuple(self.events.values())
+        return () if self.model is None else (self.model,)
 
     def __str__(self) -> str:
         if self.events is not None:
@@ -107,23 +117,28 @@ class Subscription:
                 value = json.dumps([_field(event, name) for name in names])
             case function:
                 value = _call(function, event)
-        return f"{service}/{self.handler}/{split_type(envelope.type)[0]}/{value}"
+        name = split_type(envelope.type)[0].replace("%", "%25").replace("/", "%2F")  # a foreign one may hold a slash
+        return f"{service}/{self.handler}/{name}/{value}"
 
 
 def _field(event: object, name: str) -> str:
     try:
-        return str(getattr(event, name))
-    except AttributeError:
+        value = getattr(event, name)
+        key = str(value)
+    except Exception as error:  # noqa: BLE001  # a property may raise anything; its text may hold data
         raise EnvelopeError(
-            f"the event has no field {name!r} to be its idempotency key", reason="invalid-data"
+            f"the event's {name!r}, its idempotency key, raised {type(error).__name__}", reason="invalid-data"
         ) from None
+    if value is None:  # all events without one would be duplicates of the first
+        raise EnvelopeError(f"the event's {name!r}, its idempotency key, is None", reason="invalid-data")
+    return key
 
 
 def _call(function: Callable[..., object], event: object) -> str:
     try:
         value = function(event)
-    except Exception as error:
-        raise EnvelopeError(f"its idempotency key raised {type(error).__name__}", reason="invalid-data") from error
+    except Exception as error:  # noqa: BLE001  # as above
+        raise EnvelopeError(f"its idempotency key raised {type(error).__name__}", reason="invalid-data") from None
     if not isinstance(value, str):
         raise EnvelopeError(f"its idempotency key is a {type(value).__name__}, not a str", reason="invalid-data")
     return value
@@ -176,7 +191,7 @@ class Service(Generic[S]):
             raise SetupError(f"service {name!r}: prefetch={prefetch} must be between 1 and 65535")
         if concurrency < 1:
             raise SetupError(f"service {name!r}: concurrency={concurrency} must be at least 1")
-        if problem := _timeout_problem(timeout):
+        if problem := _timeout_problem(timeout) or _retry_problem(retry):
             raise SetupError(f"service {name!r}: {problem}")
         self._name = name
         self.retry = retry
@@ -185,7 +200,8 @@ class Service(Generic[S]):
         self.prefetch = prefetch
         self.concurrency = concurrency
         self.catalogue = catalogue
-        self.source = source or f"/services/{name}"
+        self.source = f"/services/{name}" if source is None else source
+        check_source(self.source)
         self._registrations: list[_Registration] = []
 
     @property
@@ -217,13 +233,13 @@ class Service(Generic[S]):
         """
 
         def register(function: H) -> H:
-            frame = sys._getframe(1)  # handlers defined inside a function: their annotations name its locals
+            frame = sys._getframe(1)
             code = getattr(function, "__code__", None)
             where = (
                 f"{code.co_filename}:{code.co_firstlineno}" if code else f"{frame.f_code.co_filename}:{frame.f_lineno}"
             )
             self._registrations.append(
-                _Registration(function, names, retry, timeout, idempotency_key, name, where, frame.f_locals)
+                _Registration(function, names, retry, timeout, idempotency_key, name, where, _locals(function, frame))
             )
             return function
 
@@ -232,6 +248,7 @@ class Service(Generic[S]):
     def replace(self, *, lifespan: Callable[[Service[Any]], AbstractAsyncContextManager[S]]) -> Service[S]:
         """This service with another *lifespan*: the same handlers on other resources, for tests."""
         other = copy.copy(self)
+        other._registrations = list(self._registrations)  # a handler that a test adds is the test's
         other.lifespan = lifespan
         return other
 
@@ -250,12 +267,14 @@ class Service(Generic[S]):
         """The subscriptions that are right, and a line with file and line number for each mistake."""
         good: list[Subscription] = []
         mistakes: list[str] = []
+        seen: set[str] = set()
         for registration in self._registrations:
             problems: list[str] = []
             subscription = _check(self, registration, problems)
             handler = registration.handler
-            if any(handler == other.handler for other in good):
+            if handler in seen:
                 problems.append(f"a second handler called {handler!r}: give one of them name=...")
+            seen.add(handler)
             mistakes += [f"{registration.where}: {self._name}.{handler}: {problem}" for problem in problems]
             if subscription is not None and not problems:
                 good.append(subscription)
@@ -286,7 +305,32 @@ def check_all(services: tuple[Service[Any], ...]) -> dict[str, tuple[Subscriptio
     return checked
 
 
+def _locals(function: Callable[..., object], frame: FrameType) -> Mapping[str, object]:
+    """What annotations inside a function may name besides their module's globals: the locals of that function.
+
+    Nothing where the handler comes from elsewhere: the names there are not its own.
+    """
+    written = _written(function)
+    is_inside = frame.f_locals is not frame.f_globals and frame.f_globals is getattr(written, "__globals__", None)
+    return frame.f_locals if is_inside else {}
+
+
+def _written(function: Callable[..., object]) -> Callable[..., object]:
+    """The function that somebody wrote and annotated, behind a partial or a callable object."""
+    if isinstance(function, functools.partial):
+        return _written(function.func)
+    if inspect.ismethod(function):
+        return _written(function.__func__)
+    return function if inspect.isroutine(function) else type(function).__call__
+
+
+def _retry_problem(retry: Retry) -> str | None:
+    return None if isinstance(retry, Retry) else f"retry={retry!r} is no Retry: say retry=Retry(attempts=...)"
+
+
 def _timeout_problem(timeout: timedelta) -> str | None:
+    if not isinstance(timeout, timedelta):
+        return f"timeout={timeout!r} is no timedelta: say timeout=timedelta(seconds=...)"
     if timeout <= timedelta(0):
         return f"timeout={timeout} must be longer than zero"
     if timeout > LONGEST_TIMEOUT:
@@ -302,6 +346,8 @@ def _check(service: Service[Any], given: _Registration, problems: list[str]) -> 
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,99}", handler):
         problems.append(f"{handler!r} is no name for a handler: give name='...' in letters, digits, '_', '.' and '-'")
     if given.timeout is not None and (problem := _timeout_problem(given.timeout)):
+        problems.append(problem)
+    if given.retry is not None and (problem := _retry_problem(given.retry)):
         problems.append(problem)
     patterns = [p for name in given.names if (p := _pattern(name, service.catalogue, problems)) is not None]
     if not given.names:
@@ -350,6 +396,9 @@ def _pattern(name: str | type[Event], catalogue: Catalogue | None, problems: lis
         problems.append(f"{name!r} is neither an event class nor a name")
         return None
     words = name.split(".")
+    if len(name.encode()) > LONGEST_TYPE:
+        problems.append(f"{name[:40]!r}... is longer than any event type, {LONGEST_TYPE} bytes")
+        return None
     if not all(_WHOLE_WORD.fullmatch(word) for word in words):
         problems.append(_why_no_word(name))
         return None
@@ -367,9 +416,10 @@ def _pattern(name: str | type[Event], catalogue: Catalogue | None, problems: lis
         elif version is not None and version not in known:
             versions = ", ".join(f"v{v}" for v in known)
             problems.append(
-                f"no event {base!r} v{version} in the catalogue (known: {versions}): add it, or deploy the newer schemas"
+                f"no event {base!r} v{version} in the catalogue (known: {versions}): "
+                "add it, or deploy the newer schemas"
             )
-    elif not is_name(base):
+    elif not is_name(base) or _VERSION_WORD.fullmatch(words[-1] if version is None else words[-2]):
         problems.append(f"{name!r} is no event name: snake_case words joined by dots, for example 'order_placed'")
     return name if version is not None else f"{name}.*"
 
@@ -385,31 +435,30 @@ def _why_no_word(name: str) -> str:
 
 def _signature(given: _Registration, problems: list[str]) -> tuple[Reads | None, bool]:
     function = given.function
-    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)
-    ):
+    if not inspect.iscoroutinefunction(function) and not inspect.iscoroutinefunction(_written(function)):
         problems.append("a handler is an `async def`; put blocking work into `await asyncio.to_thread(...)` inside it")
         return None, False
     try:
-        parameters = [
-            p
-            for p in inspect.signature(function).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        ]
-        required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-        hinted = function if inspect.isroutine(function) else getattr(function, "func", type(function).__call__)
-        hints = typing.get_type_hints(hinted, localns=dict(given.namespace))
+        everything = inspect.signature(function).parameters.values()
+        hints = typing.get_type_hints(_written(function), localns=dict(given.namespace))
     except (NameError, TypeError, ValueError) as error:
         problems.append(
             f"its annotations cannot be read: {error}; import the names at module level, not for types only"
         )
         return None, False
-    if not 1 <= len(parameters) <= 2 or len(required) > len(parameters):
+    parameters = [p for p in everything if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if not 1 <= len(parameters) <= 2 or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in everything):
         problems.append("a handler takes (event) or (event, context)")
         return None, False
     annotation = hints.get(parameters[0].name)
     reads = _reads(annotation)
-    if reads is None:
+    if reads is not None:
+        problems += [
+            f"{model.__name__} is not fully defined: import what its annotations name"
+            for model in reads.models
+            if model.model_rebuild(raise_errors=False) is False
+        ]
+    else:
         shown = "nothing" if annotation is None else repr(annotation)
         problems.append(
             f"its first parameter is annotated with {shown}: say an event class, a union of event classes, a pydantic "
@@ -419,6 +468,7 @@ def _signature(given: _Registration, problems: list[str]) -> tuple[Reads | None,
 
 
 def _reads(annotation: object) -> Reads | None:
+    annotation = getattr(annotation, "__value__", annotation)  # `type OrderEvent = ...`
     if get_origin(annotation) in (typing.Union, types.UnionType):
         members = get_args(annotation)
     elif get_origin(annotation) is typing.Annotated:
@@ -459,15 +509,15 @@ def _check_key(key: Key | None, reads: Reads, problems: list[str]) -> None:
     if reads.envelope:
         problems.append("idempotency_key names a field, but the handler takes an Envelope: give a function of it")
         return
-    models: list[type[BaseModel]] = list(reads.events.values()) if reads.events is not None else []
-    if reads.model is not None:
-        models.append(reads.model)
     fields = (key,) if isinstance(key, str) else key
+    if not isinstance(fields, tuple) or not all(isinstance(field, str) for field in fields):
+        problems.append(f"idempotency_key={key!r} is neither a field's name, a tuple of names nor a function")
+        return
     if not fields:
         problems.append("idempotency_key=() names no field")
     problems += [
         f"idempotency_key names {field!r}, which {model.__name__} does not have"
-        for model in models
+        for model in reads.models
         for field in fields
-        if field not in model.model_fields and not hasattr(model, field)
+        if field not in model.model_fields and callable(getattr(model, field, callable))
     ]

@@ -21,8 +21,9 @@ DELIVERY_LIMIT = 100
 NO_DELIVERY_LIMIT = 1_000_000_000
 RESERVED = frozenset({"dead", "delay", "due", "undeliverable"})
 
-_SERVICE_NAME = re.compile(r"[a-z][a-z0-9_-]*")
-_NAMESPACE = re.compile(r"[a-z][a-z0-9_-]*")
+# Short enough for the names made of them: a queue's has 255 bytes, and so has a retry's routing key.
+_SERVICE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,99}")
+_NAMESPACE = re.compile(r"[a-z][a-z0-9_-]{0,99}")
 _STARS = ".".join("*" * LEVELS)
 
 ArgumentValue = str | int | bool
@@ -94,7 +95,8 @@ class Names:
     def __post_init__(self) -> None:
         if not _NAMESPACE.fullmatch(self.namespace):
             raise SetupError(
-                f"{self.namespace!r} is no namespace: use lower-case words, digits, '_' and '-', for example 'events'"
+                f"{self.namespace!r} is no namespace: use lower-case letters, digits, '_' and '-', a letter first, "
+                "100 at most, for example 'events'"
             )
 
     @property
@@ -132,7 +134,9 @@ def check_service_name(name: str) -> None:
     SetupError: *name* would collide with a name of the topology, or AMQP tools could not quote it.
     """
     if not _SERVICE_NAME.fullmatch(name):
-        raise SetupError(f"{name!r} is no service name: use lower-case letters, digits, '_' and '-', a letter first")
+        raise SetupError(
+            f"{name!r} is no service name: use lower-case letters, digits, '_' and '-', a letter first, 100 at most"
+        )
     if name in RESERVED:
         raise SetupError(f"the service name {name!r} is taken by the bus itself ({', '.join(sorted(RESERVED))})")
 
