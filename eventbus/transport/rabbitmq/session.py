@@ -150,12 +150,14 @@ class Session:
     async def close(self) -> None:
         """Hang up, politely if the broker still answers."""
         self.fail(None)
+        # A timeout would not do: aiormq, cancelled, waits for the socket to be flushed to a broker that reads nothing.
+        impatience = asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self._wire.abort)
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._connection.close()
-        except (TimeoutError, aiormq.AMQPError, OSError):
-            log.debug("the connection to %s did not close in order", self.address)
+            await self._connection.close()
+        except (aiormq.AMQPError, OSError):
+            log.debug("not closed in order", extra={"broker": str(self.address)})
         finally:
+            impatience.cancel()
             self._wire.abort()
 
 
