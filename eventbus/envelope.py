@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from cloudevents.core.v1.event import CloudEvent
 
 M = TypeVar("M", bound=BaseModel)
+E = TypeVar("E", bound="Envelope")
 ExtensionValue = str | int | bool
 
 SPECVERSION = "1.0"
@@ -143,7 +144,7 @@ class Envelope:
         """
         attributes = dict(event.get_attributes())
         _take_specversion(attributes)
-        return cls(**_arguments(attributes), data=_cloudevent_data(event))
+        return _envelope(cls, attributes, _cloudevent_data(event))
 
     def __reduce__(self) -> tuple[object, ...]:
         # The read-only view of the extensions cannot be copied or pickled; the envelope can.
@@ -256,7 +257,7 @@ def decode(message: Message, *, received: datetime) -> Envelope:
         EnvelopeError: it is no CloudEvent; its reason is `invalid-envelope`.
     """
     content_type = message.content_type or None
-    if content_type is not None and _is_structured(content_type):
+    if content_type is not None and content_type != JSON and _is_structured(content_type):
         attributes, data = _structured(content_type, message.body)
     else:
         attributes, data = _binary(message.headers), message.body
@@ -266,7 +267,7 @@ def decode(message: Message, *, received: datetime) -> Envelope:
     if attributes.get("time") is None:
         timestamp = message.properties.get("timestamp")
         attributes["time"] = timestamp if isinstance(timestamp, datetime) else received
-    return Envelope(**_arguments(attributes), data=data)
+    return _envelope(Envelope, attributes, data)
 
 
 def _binary(headers: Mapping[str, object]) -> dict[str, Any]:
@@ -430,21 +431,25 @@ def _take_specversion(attributes: dict[str, Any]) -> None:
     _refuse("specversion", f"is {said}: only {SPECVERSION!r} is read")
 
 
-def _arguments(attributes: dict[str, Any]) -> dict[str, Any]:
-    """CloudEvents attributes as the constructor's arguments; what has no parameter is an extension."""
+def _envelope(cls: type[E], attributes: dict[str, Any], data: bytes) -> E:
+    """The envelope of CloudEvents *attributes*; what has no field of its own is an extension."""
     take = attributes.pop
-    arguments: dict[str, Any] = {
-        "id": take("id", None),
-        "source": take("source", None),
-        "type": take("type", None),
-        "time": _read_time(take("time", None)),
-        "subject": take("subject", None),
-        "datacontenttype": take("datacontenttype", None),
-        "dataschema": take("dataschema", None),
-    }
-    if attributes:
-        arguments["extensions"] = {name: _canonical(value) for name, value in attributes.items() if value is not None}
-    return arguments
+    return cls(
+        id=take("id", None),
+        source=take("source", None),
+        type=take("type", None),
+        time=_read_time(take("time", None)),
+        subject=take("subject", None),
+        datacontenttype=take("datacontenttype", None),
+        dataschema=take("dataschema", None),
+        # Evaluated last, when only the extensions are left.
+        extensions=_canonical_extensions(attributes) if attributes else _NO_EXTENSIONS,
+        data=data,
+    )
+
+
+def _canonical_extensions(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _canonical(value) for name, value in attributes.items() if value is not None}
 
 
 def _canonical(value: object) -> object:

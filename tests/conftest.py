@@ -14,8 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.servers import LINES, Brokers, BrokerServer, find_lines, find_own_lines
+
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("eventbus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("eventbus")
 
 BROKERS = pytest.StashKey[Brokers]()
 EVERY_LINE = {"every_line": find_lines, "own_broker_of_every_line": find_own_lines}
