@@ -130,7 +130,8 @@ class MemoryTransport:
         try:
             broker.declare(topology, declare)
         except BaseException:
-            broker.let_go(self)
+            if self._broker is None:
+                broker.let_go(self)
             raise
         self._broker = broker
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -311,7 +312,13 @@ async def test_the_delay_tree_takes_exactly_the_rounded_delay(delay: timedelta) 
             clock.ring_next()
 
     assert clock.monotonic_s() == pytest.approx(rounded(delay).total_seconds(), abs=1e-6)
-    assert [waiting.key for waiting in broker.peek("events.mail.retry")] == [through.key]
+    (arrived,) = broker.peek("events.mail.retry")
+    assert arrived.key == through.key
+    assert arrived.message.headers["x-first-death-queue"] == NAMES.delay_level(through.level)
+    deaths = arrived.message.headers["x-death"]
+    assert isinstance(deaths, list)
+    assert arrived.message.headers["x-last-death-queue"] == deaths[0]["queue"]
+    assert [death["reason"] for death in deaths] == ["expired"] * through.key.count("1")
 
 
 async def test_each_message_of_a_queue_expires_at_its_own_time_and_not_before() -> None:
@@ -384,6 +391,17 @@ async def test_exchanges_that_lead_to_each_other_deliver_once() -> None:
         await publish(transport, say("once"))
 
     assert bodies(broker) == ["once"]
+
+
+async def test_a_binding_to_an_exchange_that_leads_nowhere_is_a_route_and_no_alternate_is_taken() -> None:
+    topology = Topology(
+        (Exchange("spare", "fanout"), Exchange("x", "topic", {"alternate-exchange": "spare"}), Exchange("y", "topic")),
+        (Queue("q", quorum()),),
+        (Binding("spare", "q", "queue", ""), Binding("x", "y", "exchange", "blind")),
+    )
+    async with opened(topology) as transport:
+        assert not await transport.publish(say("as on RabbitMQ", key="blind"), timeout_s=5)
+        assert await transport.publish(say("to the spare one", key="other"), timeout_s=5)
 
 
 async def test_the_default_exchange_leads_to_the_queue_that_the_key_names() -> None:
@@ -717,9 +735,12 @@ async def test_a_transport_that_was_forgotten_does_not_keep_its_broker() -> None
     transport = MemoryTransport("memory://forgotten")
     await transport.open(queue_of("q", message_ttl=10**9), "apply")
     await publish(transport, say("waits for eleven days"))
+    broker = weakref.ref(transport.embedded)
 
     del transport
     gc.collect()
+
+    assert broker() is None, "its timer must not keep it"
 
     async with opened(EMPTY, url="memory://forgotten") as later:
         with pytest.raises(SetupError):
@@ -769,14 +790,16 @@ async def test_a_broker_in_use_by_another_running_loop_is_refused_with_a_way_out
 
 async def test_a_failed_open_or_start_holds_nothing() -> None:
     transport = MemoryTransport("memory://failed")
-    with pytest.raises(SetupError):
-        await transport.open(queue_of("q"), "verify")
+    with pytest.raises(SetupError, match="x-max-length"):
+        await transport.open(merge([queue_of("early"), queue_of("q", max_length=3)]), "apply")
     with pytest.raises(NotPublished):
         await transport.publish(say("nothing"), timeout_s=1)
     with pytest.raises(RuntimeError):
         _ = transport.broker
 
     async with opened(queue_of("q"), url="memory://failed") as other:
+        with pytest.raises(SetupError):
+            await other.open(queue_of("early"), "verify")
         consumer = other.consumer([Source("absent", 1, lambda _: None)], EMPTY, "apply")
         with pytest.raises(SetupError, match="queue 'absent'"):
             await consumer.start()
@@ -784,6 +807,15 @@ async def test_a_failed_open_or_start_holds_nothing() -> None:
         async with opened(EMPTY, url="memory://failed") as later:
             with pytest.raises(SetupError):
                 await later.open(queue_of("q"), "verify")
+
+
+async def test_opening_again_in_vain_leaves_it_open() -> None:
+    async with opened(queue_of("q"), url="memory://again") as transport:
+        with pytest.raises(SetupError):
+            await transport.open(queue_of("absent"), "verify")
+
+        async with opened(EMPTY, url="memory://again") as other:
+            await other.open(queue_of("q"), "verify")
 
 
 async def test_who_answered() -> None:
