@@ -21,13 +21,15 @@ from rich.console import Console
 from rich.table import Table
 
 from eventbus import EventBusError
+from eventbus.errors import hide_password
 from services.demo.figures import Check, Figures, take
 from services.demo.ledger import Ledger
 from services.demo.scenario import LABELS, ORDERS, REFUSED_MAILS, name_of, play
-from services.demo.stage import Shop, notifications, open_shop
+from services.demo.stage import Shop, open_shop
 from services.demo.trace import Tracing
 from services.demo.view import Story, View
 from services.http import until_stopped
+from services.notifications.handlers import service as notifications
 
 INTERRUPTED = 130
 TRACED = ORDERS[1]
@@ -60,6 +62,7 @@ async def run(view: View, url: str, *, keep: bool, sabotage: str | None, as_json
     tracing.install()
     story = Story(view, lambda event_id: LABELS.get(tracing.origin(event_id), event_id))
     story.attach()
+    view.say(f"the shop opens on {hide_password(url)}", "bold", mark=">")
     late = (notifications,) if sabotage == "lose" else ()
     async with open_shop(url, refuse=REFUSED_MAILS, late=late) as shop:
         with view:

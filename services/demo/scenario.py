@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 from uuid import UUID, uuid5
 
-from services.demo.ledger import WANTED, Fact, Ledger
-from services.demo.stage import Shop, notifications
+from services.demo.ledger import WANTED, Fact, Handling, Ledger
+from services.demo.stage import Shop
+from services.notifications.handlers import service as notifications
 from services.users.api import USERS
 
 NAMES = (
@@ -22,8 +23,10 @@ REFUSED_MAILS = 6
 BETWEEN_REGISTRATIONS_S = 0.03
 BETWEEN_ORDERS_S = 0.1
 LOOK_EVERY_S = 0.1
-# Longer than any retry of the scenario takes to come back: who waits this long in vain waits for something lost.
+# Who waits this long in vain waits for something lost: no retry of the scenario takes as long to come back, and no
+# delivery when there is nothing to retry.
 PATIENCE_S = 5.0
+PATIENCE_WITHOUT_RETRIES_S = 3.0
 
 IDS = UUID("0a4b3a9c-5d1e-4c57-9a51-3f2f0c7a9d10")
 Kind = Literal["shipped", "declined", "out of stock", "poison"]
@@ -108,7 +111,7 @@ ORDERED_TWICE = ORDERS[0]
 SUPPRESSED = len(WANTED["user_registered"]) + len(WANTED["order_placed"])
 
 
-async def play(shop: Shop, *, sabotage: str | None, say: Callable[[str], None]) -> Ledger:
+async def play(shop: Shop, *, sabotage: str | None, say: Callable[[str], None]) -> None:
     """Let everything happen; returns when it has, or when nothing moves any more."""
     say(f"{len(CUSTOMERS)} people register; the mail server refuses its first {REFUSED_MAILS} deliveries")
     for customer in CUSTOMERS:
@@ -122,29 +125,32 @@ async def play(shop: Shop, *, sabotage: str | None, say: Callable[[str], None]) 
     for order in ORDERS:
         await order.place(shop)
         await asyncio.sleep(BETWEEN_ORDERS_S)
-    await until_settled(shop)
+    missing = (await until_settled(shop, PATIENCE_S)).missing
     if sabotage == "twice":
         shop.store.forget()
         say("sabotage: the idempotency store has forgotten what was handled")
     say(f"{IMPATIENT.name} and order {ORDERED_TWICE.number} come a second time: the same events, published twice")
     await IMPATIENT.register(shop)
     await ORDERED_TWICE.place(shop)
-    return await until_settled(shop, duplicates=SUPPRESSED)
+    await until_settled(shop, PATIENCE_WITHOUT_RETRIES_S, lost=missing, duplicates=SUPPRESSED)
 
 
-async def until_settled(shop: Shop, *, duplicates: int = 0) -> Ledger:
-    """Wait until nothing is missing and *duplicates* were recognised, or until nothing has moved for a while."""
+async def until_settled(
+    shop: Shop, patience_s: float, *, lost: frozenset[Handling] = frozenset(), duplicates: int = 0
+) -> Ledger:
+    """Wait until nothing but *lost* is missing and *duplicates* were recognised, or nothing has moved for a while."""
     loop = asyncio.get_running_loop()
     dead = await shop.dead_letters()
-    before, moved_s = None, loop.time()
+    before: object = None
+    moved_s = loop.time()
     while True:
         ledger = await shop.ledger(dead)
-        if not ledger.missing and not shop.store.at_work and shop.store.duplicates >= duplicates:
+        if ledger.missing <= lost and not shop.store.at_work and shop.store.duplicates >= duplicates:
             return ledger
-        now = (ledger, shop.store.duplicates)
+        now = (ledger, shop.store.duplicates, shop.store.at_work)
         if now != before:
             before, moved_s = now, loop.time()
-        elif loop.time() - moved_s > PATIENCE_S:
+        elif loop.time() - moved_s > patience_s:
             return ledger
         else:  # only now: each look at the dead letters is a connection to the broker
             dead = await shop.dead_letters()

@@ -61,7 +61,9 @@ class Tracing(SpanProcessor):
 def _grow(tree: Tree, parent: int | None, children: dict[int | None, list[ReadableSpan]]) -> None:
     for span in children.get(parent, []):
         assert span.context is not None
-        _grow(tree.add(_label(span)), span.context.span_id, children)
+        # What a web framework tells of its own inside is no part of the story; what is below it is.
+        branch = tree if span.kind is SpanKind.INTERNAL else tree.add(_label(span))
+        _grow(branch, span.context.span_id, children)
 
 
 def _label(span: ReadableSpan) -> Text:
@@ -73,7 +75,7 @@ def _label(span: ReadableSpan) -> Text:
             return Text.assemble((event, "bold"), f"  published by {PUBLISHERS[event]}, confirmed in", (took, "cyan"))
         case SpanKind.CONSUMER:
             return Text.assemble(" ".join(_handling(span)), (took, "cyan"))
-        case _:  # the web framework's own, where it has any
+        case _:  # the request, where the web framework traces requests
             return Text.assemble(span.name, (took, "cyan"))
 
 

@@ -63,9 +63,9 @@ class View:
         for column in ("published", "handled", "retried", "dead"):
             table.add_column(column, justify="right", min_width=9)
         for service in ROWS:
-            counts = [counter[service] for counter in (self.published, self.handled, self.retried, self.dead)]
-            styles = ("", "green", "yellow", "red")
-            table.add_row(service, *(Text(str(n or "."), style if n else "dim") for n, style in zip(counts, styles)))
+            columns = ((self.published, ""), (self.handled, "green"), (self.retried, "yellow"), (self.dead, "red"))
+            cells = ((counter[service], style) for counter, style in columns)
+            table.add_row(service, *(Text(str(count or "."), style if count else "dim") for count, style in cells))
         return table
 
 
