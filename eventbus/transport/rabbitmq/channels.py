@@ -24,7 +24,7 @@ from eventbus.transport.rabbitmq.wire import UNREADABLE_DELIVERY_MODE
 
 FRAME_OVERHEAD: Final = 8
 MAX_NAME_BYTES: Final = 128  # pamqp cuts longer header names, and would say so only in a log
-MAX_KEY_BYTES: Final = 255
+MAX_SHORT_BYTES: Final = 255
 INT64: Final = range(-(2**63), 2**63)
 
 
@@ -68,7 +68,8 @@ def encode(publication: Publication, *, frame_max: int) -> Encoded:
             _check_round_trip(properties)
         if _size_at_most(message) > frame_max - FRAME_OVERHEAD:
             _check_size(properties, frame_max)
-        _check_key(publication.key)
+        _check_text("the routing key", publication.key, MAX_SHORT_BYTES)
+        _check_text("the content type", message.content_type or "", MAX_SHORT_BYTES)
     except (TypeError, ValueError, OverflowError, struct.error) as error:
         raise Unpublishable(f"its headers or its key cannot be encoded unchanged: {error}") from error
     return Encoded(publication.exchange, publication.key, message.body, properties)
@@ -84,17 +85,19 @@ def _properties(message: Message) -> Basic.Properties:
 def _is_plain(message: Message) -> bool:
     """Whether every header is of a kind that AMQP and this client certainly carry unchanged."""
     for name, value in message.headers.items():
-        kind = type(value)
-        if len(name) * 4 > MAX_NAME_BYTES and len(name.encode()) > MAX_NAME_BYTES:
-            raise ValueError(f"the header name {name!r} is longer than {MAX_NAME_BYTES} bytes")
-        if kind is not str and kind is not bool and not (kind is int and value in INT64):
+        _check_text("a header's name", name, MAX_NAME_BYTES)
+        if type(value) is str:
+            _check_text(f"the header {name}", value)
+        elif type(value) is not bool and not (type(value) is int and value in INT64):
             return False
     return True
 
 
-def _check_key(key: str) -> None:
-    if len(key) * 4 > MAX_KEY_BYTES and len(key.encode()) > MAX_KEY_BYTES:
-        raise ValueError(f"the routing key is longer than {MAX_KEY_BYTES} bytes")
+def _check_text(what: str, text: str, max_bytes: int = 2**31) -> None:
+    # Half a surrogate pair is a str, but no text.
+    size = len(text) if text.isascii() else len(text.encode())
+    if size > max_bytes:
+        raise ValueError(f"{what} takes {size} bytes, and {max_bytes} fit")
 
 
 def _check_round_trip(properties: Basic.Properties) -> None:

@@ -69,7 +69,7 @@ def not_connected(error: BaseException, address: Address, close_text: str | None
         return SetupError(f"the certificate of {address} is not trusted: {cause.verify_message}. Give ?cafile=PATH")
     if isinstance(cause, ssl.SSLError):
         return SetupError(
-            f"{address} does not speak TLS ({cause.reason or cause}): use amqp:// there, or the port for amqps://, "
+            f"{address} does not speak TLS ({_first_line(cause)}): use amqp:// there, or the port for amqps://, "
             "usually 5671"
         )
     if isinstance(cause, socket.gaierror):

@@ -89,5 +89,6 @@ def readable(header: bytes) -> bytes:
     try:
         ContentHeader().unmarshal(header)
     except Exception:  # noqa: BLE001  # whatever it is, it would end the connection
-        return (header[:_FIXED] + _UNREADABLE).ljust(len(header), b"\0")[: len(header)]
+        properties = _UNREADABLE if len(header) >= _FIXED + len(_UNREADABLE) else b""
+        return (header[:_FIXED] + properties).ljust(len(header), b"\0")
     return header
