@@ -140,7 +140,9 @@ def _call(function: Callable[..., object], event: object) -> str:
     except Exception as error:  # noqa: BLE001  # as above
         raise EnvelopeError(f"its idempotency key raised {type(error).__name__}", reason="invalid-data") from None
     if not isinstance(value, str):
-        raise EnvelopeError(f"its idempotency key is a {type(value).__name__}, not a str", reason="invalid-data")
+        raise EnvelopeError(
+            f"its idempotency key is of type {type(value).__name__}: return a str", reason="invalid-data"
+        )
     return value
 
 
