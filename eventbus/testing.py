@@ -22,9 +22,10 @@ from eventbus.delay import LONGEST, way
 from eventbus.envelope import Envelope, enclose
 from eventbus.errors import SetupError
 from eventbus.event import Event
-from eventbus.idempotency import MemoryStore
+from eventbus.idempotency import IdempotencyStore, MemoryStore
 from eventbus.service import Handler, Service
 from eventbus.topology import Names, shared
+from eventbus.transport.base import Transport
 from eventbus.transport.memory import MemoryTransport
 from eventbus.transport.memory_broker import MemoryBroker
 from eventbus.worker import Engine
@@ -91,6 +92,8 @@ class Harness:
         self._services = services
         self._clock = VirtualClock()
         self._broker = MemoryBroker(clock=self._clock)
+        self._transport: Transport = MemoryTransport.on_broker(self._broker)
+        self._store: IdempotencyStore = MemoryStore(clock=self._clock)
         self._names = Names()
         self._published: list[Envelope] = []
         self._attempts: Counter[tuple[str, str]] = Counter()
@@ -104,26 +107,24 @@ class Harness:
         Raises:
             SetupError: mistakes of all services, one a line.
         """
-        transport = MemoryTransport.on_broker(self._broker)
-        await transport.open(shared(self._names), "apply")
-        self._sender = Sender(transport, self._names, on_sent=self._published.append)
-        store = MemoryStore(clock=self._clock)
+        await self._transport.open(shared(self._names), "apply")
+        self._sender = Sender(self._transport, self._names, on_sent=self._published.append)
         try:
-            self._engine = Engine(self._services, self._sender, store, clock=self._clock, jitter=lambda: 0.0)
+            self._engine = Engine(self._services, self._sender, self._store, clock=self._clock, jitter=lambda: 0.0)
             for consumer in self._engine.consumers:
                 consumer.on_attempt = self._count
             await self._engine.start()
         except BaseException:
-            await transport.close()
+            await self._transport.close()
             raise
         return self
 
     async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        sender, engine = self._running()
+        _, engine = self._running()
         try:
             await engine.stop(grace_s=0.0 if e is not None else 30.0, hurry=asyncio.Event())
         finally:
-            await sender.transport.close()
+            await self._transport.close()
         if e is None:
             self._complain_of_unseen()
 
