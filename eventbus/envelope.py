@@ -324,7 +324,7 @@ def _structured(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
 
 def _attributes_and_data(members: dict[str, tuple[object, str]]) -> tuple[dict[str, Any], bytes]:
     """JSON format sections 2.2 and 3.1: null is unset; data is JSON, or text of another type, or base64."""
-    attributes = {name: value for name, (value, _) in members.items() if value is not None}
+    attributes = {name: value for name, (value, _) in members.items()}
     content_type = attributes.get("datacontenttype")
     encoded = attributes.pop("data_base64", None)
     value = attributes.pop("data", None)

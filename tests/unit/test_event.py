@@ -454,6 +454,14 @@ def test_an_event_whose_annotations_cannot_be_resolved_is_refused_at_start_up() 
         from_json(unresolved, b"{}")
 
 
+def test_a_secret_that_was_only_named_at_first_is_refused_by_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = make("X", annotations={"field": "DefinedLater"})
+    monkeypatch.setitem(globals(), "DefinedLater", SecretStr)
+
+    with pytest.raises(SetupError, match=r"X\.field holds a SecretStr"):
+        Catalogue(late)
+
+
 class FileStored(Event):
     content: bytes
 
