@@ -53,6 +53,7 @@ class Sender:
         self.transport = transport
         self.names = names
         self.telemetry = Telemetry(transport.broker, names)
+        self._longest_bytes = transport.broker.max_message_bytes
         self._timeout_s = timeout.total_seconds()
         self._on_sent = on_sent
         self._said_unroutable: set[str] = set()
@@ -85,10 +86,9 @@ class Sender:
         """Raises:
         EnvelopeError: *envelope* is over a limit, and can never be sent.
         """
-        longest = self.transport.broker.max_message_bytes
-        if len(envelope.data) > longest:
+        if len(envelope.data) > self._longest_bytes:
             raise EnvelopeError(
-                f"{envelope.type} {envelope.id} has {len(envelope.data)} bytes, and the broker takes {longest}: "
+                f"{envelope.type} {envelope.id} has {len(envelope.data)} bytes, and the broker takes {self._longest_bytes}: "
                 "keep large things elsewhere and send a reference"
             )
         if len(envelope.type.encode()) > LONGEST_TYPE_BYTES:
