@@ -63,6 +63,8 @@ def test_what_was_confirmed_survives_a_restart_and_a_kill(own_broker_of_every_li
     store(url, b"two")
     server.kill()
     assert ask_version(url) is None
+    with pytest.raises(ServerError):
+        server.ctl("status")
     server.start()
 
     assert take(url, 2) == [b"one", b"two"]
