@@ -4,6 +4,7 @@ It lives in a namespace of its own, so that it meets nobody else's events on the
 every queue and exchange of that namespace when it ends.
 """
 
+import logging
 import os
 import secrets
 import tempfile
@@ -17,6 +18,7 @@ from uuid import UUID
 
 import aio_pika
 import httpx
+from aio_pika.exceptions import AMQPError
 from pydantic import TypeAdapter
 
 from eventbus import Bus, Service, Worker
@@ -43,6 +45,8 @@ from services.settings import Settings
 from services.shipping.handlers import service as shipping
 from services.users.api import create_app as create_users
 from services.users.store import resources as open_users
+
+log = logging.getLogger(__name__)
 
 LISTENERS: tuple[Service[Any], ...] = (audit, inventory, marketing, notifications, orders, payments, shipping)
 HOST = "127.0.0.1"
@@ -91,7 +95,7 @@ class Doors:
     users: str
     orders: str
     mailbox: str
-    smtp_port: int
+    smtp: str
 
 
 @dataclass
@@ -184,7 +188,7 @@ async def open_shop(url: str, *, refuse: int, late: tuple[Service[Any], ...] = (
         mailbox = Mailbox(refuse)
         smtp_port = await stack.enter_async_context(serving_smtp(mailbox, HOST, 0))
         settle_environment({"SHOP_DATA": str(folder), "SHOP_SMTP_HOST": HOST, "SHOP_SMTP_PORT": str(smtp_port)})
-        await stack.enter_async_context(namespace(url, topology_of(names, check_all(LISTENERS))))
+        await stack.enter_async_context(namespace(url, names))
         store, workers = CountingStore(), await stack.enter_async_context(AsyncExitStack())
         doors = await open_doors(stack, url, names, mailbox, smtp_port)
         client = await stack.enter_async_context(httpx.AsyncClient(timeout=30.0, trust_env=False))
@@ -206,7 +210,7 @@ async def open_doors(stack: AsyncExitStack, url: str, names: Names, mailbox: Mai
         apps[name] = create_app(sessions, await stack.enter_async_context(bus))
     for name, app in apps.items():
         ports[name] = await stack.enter_async_context(serving(app, HOST, 0))
-    return Doors(**{name: f"http://{HOST}:{port}" for name, port in ports.items()}, smtp_port=smtp_port)
+    return Doors(**{name: f"http://{HOST}:{port}" for name, port in ports.items()}, smtp=f"{HOST}:{smtp_port}")
 
 
 def settle_environment(ours: dict[str, str]) -> None:
@@ -221,8 +225,9 @@ def settle_environment(ours: dict[str, str]) -> None:
 
 
 @asynccontextmanager
-async def namespace(url: str, topology: Topology) -> AsyncIterator[None]:
-    """Declare *topology* before anybody publishes, and remove it at the end."""
+async def namespace(url: str, names: Names) -> AsyncIterator[None]:
+    """Declare everything that the shop needs before anybody publishes, and remove it at the end."""
+    topology = topology_of(names, check_all(LISTENERS))
     transport = from_url(url)
     await transport.open(topology, "apply")
     try:
@@ -230,7 +235,10 @@ async def namespace(url: str, topology: Topology) -> AsyncIterator[None]:
     finally:
         await transport.close()
         if not url.startswith("memory:"):  # that broker goes with its last holder
-            await remove(url, topology)
+            try:
+                await remove(url, topology)
+            except (AMQPError, OSError) as error:
+                log.warning("the queues %s.* could not be removed from the broker: %s", names.namespace, error)
 
 
 async def remove(url: str, topology: Topology) -> None:
