@@ -88,8 +88,8 @@ class Sender:
         """
         if len(envelope.data) > self._longest_bytes:
             raise EnvelopeError(
-                f"{envelope.type} {envelope.id} has {len(envelope.data)} bytes, and the broker takes {self._longest_bytes}: "
-                "keep large things elsewhere and send a reference"
+                f"{envelope.type} {envelope.id} has {len(envelope.data)} bytes, and the broker takes "
+                f"{self._longest_bytes}: keep large things elsewhere and send a reference"
             )
         if len(envelope.type.encode()) > LONGEST_TYPE_BYTES:
             raise EnvelopeError(
