@@ -48,7 +48,7 @@ def main(*, url: str | None, keep: bool, sabotage: str | None, as_json: bool) ->
         view.say("interrupted", "bold", mark=">")
         return INTERRUPTED
     except (EventBusError, httpx.HTTPError, OSError) as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)  # noqa: T201  # a program's own output
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
 
 
@@ -70,7 +70,7 @@ async def run(view: View, url: str, *, keep: bool, sabotage: str | None, as_json
         figures, checks, ledger = await take(shop, failed_attempts=story.failed_attempts, seconds=view.elapsed_s)
         show_report(view, tracing, figures, checks, ledger)
         if as_json:
-            print(json.dumps(asdict(figures)), flush=True)  # noqa: T201  # a program's own output
+            print(json.dumps(asdict(figures)), flush=True)
         if keep:
             show_doors(view, shop.doors)
             await until_stopped()
