@@ -52,6 +52,7 @@ class Publisher:
         self._task: asyncio.Task[None] | None = None
         self._sent_to: Counter[str] = Counter()
         self.max_message_bytes = 0
+        self._refused_bytes: int | None = None  # the limit that the broker itself stated
         self._frame_max = 0
 
     async def open(self) -> Session:
@@ -134,7 +135,7 @@ class Publisher:
         """Raise if trying again is no use."""
         text = str(reason)
         if too_large := TOO_LARGE.search(text):
-            self.max_message_bytes = int(too_large[1])
+            self.max_message_bytes = self._refused_bytes = int(too_large[1])
             raise _too_large(len(encoded.body), self.max_message_bytes)
         if isinstance(reason, aiormq.ChannelAccessRefused) or progress.missed_exchange:
             raise NotPublished(text, maybe_stored=progress.maybe_stored)
@@ -166,7 +167,8 @@ class Publisher:
             raise
 
     def _use(self, session: Session, channel: PublishingChannel) -> None:
-        self.max_message_bytes = self._configured_max_bytes or session.server.line.max_message_bytes
+        usual = self._configured_max_bytes or session.server.line.max_message_bytes
+        self.max_message_bytes = min(usual, self._refused_bytes or usual)
         self._frame_max = session.server.frame_max
         self._session, self._channel, self._refused = session, channel, None
         self._changed.set()
