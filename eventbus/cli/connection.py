@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar  # Any: what a coroutine is sent, which nobody does
 
 import typer
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from eventbus.settings import Settings
     from eventbus.topology import Names, Topology
     from eventbus.transport.base import Declare, Transport
+
+T = TypeVar("T")
 
 DOTENV = Path(".env")
 # What of `.env` is this program's to read. The rest is the services' own business.
@@ -107,3 +109,10 @@ async def connected(
         yield transport
     finally:
         await transport.close()
+
+
+def complete(talk: Coroutine[Any, Any, T]) -> T:
+    """What *talk* returns: run to its end in a loop of its own, which is loaded here, for `--help` needs none."""
+    import asyncio
+
+    return asyncio.run(talk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from eventbus.cli import output
-from eventbus.cli.connection import Namespace, Place, Url, find
+from eventbus.cli.connection import Namespace, Place, Url, complete, find
 from eventbus.cli.output import WrongUsage
 from eventbus.errors import EventBusError
 
@@ -35,7 +34,7 @@ def dead(context: typer.Context) -> None:
 def list_(service: ServiceName, url: Url = None, namespace: Namespace = None, as_json: output.Json = False) -> None:
     """List a service's dead letters, the oldest first. They stay where they are."""
     place = find(url, namespace)
-    letters = asyncio.run(_all(place, service))
+    letters = complete(_all(place, service))
     if as_json:
         output.say_json([_summary(letter) for letter in letters])
     elif letters:
@@ -54,7 +53,7 @@ def show(
 ) -> None:
     """Show all of one dead letter: why, how often, the handler's traceback, headers and data."""
     place = find(url, namespace)
-    letter = next((letter for letter in asyncio.run(_all(place, service)) if letter.id == id), None)
+    letter = next((letter for letter in complete(_all(place, service)) if letter.id == id), None)
     if letter is None:
         raise NoSuchLetter(f"{service} has no dead letter {id}: see eventbus dead list {service}")
     if as_json:
@@ -83,7 +82,7 @@ def replay(
     if not (yes or ids or sys.stdin.isatty()):
         raise WrongUsage("many at once, and nobody here to ask: add --yes, or name the dead letters")
     place = find(url, namespace)
-    chosen = {letter.id for letter in asyncio.run(_all(place, service)) if wanted(letter)}
+    chosen = {letter.id for letter in complete(_all(place, service)) if wanted(letter)}
     if missing := sorted(set(ids or []) - chosen):
         raise NoSuchLetter(
             f"{service} has no such dead letter: {', '.join(missing)}; nothing was replayed, "
@@ -91,7 +90,7 @@ def replay(
         )
     count = 0
     if chosen and (yes or not sys.stdin.isatty() or _confirmed(service, len(chosen))):
-        count = asyncio.run(_replay(place, service, chosen))
+        count = complete(_replay(place, service, chosen))
     if as_json:
         output.say_json({"replayed": count})
     else:

@@ -113,9 +113,9 @@ def exit_code(command: Callable[[], object], *, debug: bool) -> int:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:  # `eventbus tail | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+    except BrokenPipeError:  # the reader has enough (`eventbus ... | head`), and knows
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+        return COULD_NOT
     except Exception as error:  # noqa: BLE001  # the last line of a program: whatever it is, a person reads one line
         if debug:
             traceback.print_exc()

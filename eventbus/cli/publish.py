@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from eventbus.cli import output
-from eventbus.cli.connection import Namespace, Place, Url, find
+from eventbus.cli.connection import Namespace, Place, Url, complete, find
 from eventbus.cli.output import WrongUsage
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def publish(
         raise WrongUsage("--delay and --require-subscriber exclude each other: who will be there then is not known yet")
     place = find(url, namespace)
     envelope = _envelope(type, _read(data), schemas, source or place.settings.source or SOURCE, id, subject)
-    asyncio.run(_publish(place, envelope, later, require_subscriber=require_subscriber))
+    complete(_publish(place, envelope, later, require_subscriber=require_subscriber))
     if as_json:
         output.say_json(output.cloud_event(envelope, with_data=True))
     else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eventbus.cli import output
-from eventbus.cli.connection import Namespace, Place, Url, connected, find
+from eventbus.cli.connection import Namespace, Place, Url, complete, connected, find
 from eventbus.cli.output import WrongUsage
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def tail(
     except SetupError as error:
         raise WrongUsage(str(error)) from error
     view = _View(with_data=data, as_json=as_json)
-    asyncio.run(_tail(place, key, view, limit))
+    complete(_tail(place, key, view, limit))
 
 
 async def _tail(place: Place, key: str, view: _View, limit: int | None) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eventbus.cli import output
-from eventbus.cli.connection import Namespace, Place, Url, connected, find, read_settings
+from eventbus.cli.connection import Namespace, Place, Url, complete, connected, find, read_settings
 from eventbus.errors import TransportError
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def apply(
     """
     place = find(url, namespace)
     found = _topology(place.names, services)
-    asyncio.run(_apply(place, found, wait))
+    complete(_apply(place, found, wait))
     if as_json:
         output.say_json(found.to_json())
         return
@@ -79,6 +78,8 @@ def _topology(names: Names, targets: list[str]) -> Topology:
 
 
 async def _apply(place: Place, topology: Topology, wait_s: float) -> None:
+    import asyncio
+
     from eventbus.transport.rabbitmq.refusals import LoginRefused
 
     deadline = time.monotonic() + wait_s
@@ -87,9 +88,10 @@ async def _apply(place: Place, topology: Topology, wait_s: float) -> None:
             async with connected(place, topology, "apply"):
                 return
         # A broker that is only just starting does not know its users yet.
-        except (TransportError, LoginRefused):
+        except (TransportError, LoginRefused) as error:
             if time.monotonic() >= deadline:
                 raise
+            output.note(f"waiting for the broker: {error}")
         await asyncio.sleep(1)
 
 

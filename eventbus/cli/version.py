@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import platform
 from typing import TYPE_CHECKING
 
 from eventbus.cli import output
-from eventbus.cli.connection import Namespace, Place, Url, connected, find, read_settings
+from eventbus.cli.connection import Namespace, Place, Url, complete, connected, find, read_settings
 
 if TYPE_CHECKING:
     from eventbus.transport.base import Broker
@@ -27,7 +26,7 @@ def version(url: Url = None, namespace: Namespace = None, as_json: output.Json =
             output.say(f"{name:<9} {number}")
     url = url or read_settings().url
     has_broker = url is not None and not url.startswith("memory:")
-    broker = asyncio.run(_ask(find(url, namespace))) if has_broker else None
+    broker = complete(_ask(find(url, namespace))) if has_broker else None
     if as_json:
         output.say_json(versions | {"broker": _as_json(broker)})
     elif broker is not None:
