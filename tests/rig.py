@@ -40,6 +40,7 @@ class FaultyConsumer:
 
     def __init__(self, inner: Consumer) -> None:
         self.inner = inner
+        self.stops = 0
         self.pauses = 0
         self.resumes = 0
         self.fails_to_resume: Exception | None = None
@@ -58,6 +59,7 @@ class FaultyConsumer:
 
     async def stop(self) -> None:
         await self.inner.stop()
+        self.stops += 1
 
     async def pause(self) -> None:
         self.pauses += 1
