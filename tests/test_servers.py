@@ -104,7 +104,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("line", find_own_lines())
+# One line of each kind: "container", "native".
+KINDS = {source.says.split()[0]: line for line, source in find_own_lines().items()}
+
+
+@pytest.mark.parametrize("line", KINDS.values(), ids=KINDS)
 def test_a_broker_ends_with_its_program_even_if_that_is_killed(line: str) -> None:
     done = subprocess.run([sys.executable, "-c", STARTS_AND_DIES, line], capture_output=True, text=True, timeout=180)
 
