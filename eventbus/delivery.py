@@ -81,9 +81,7 @@ class StoreDown:
     error: str
 
 
-Outcome = (
-    Handled | Duplicate | ClaimedElsewhere | Refused | Unmatched | Failed | Postponed | Cancelled | StoreDown
-)
+Outcome = Handled | Duplicate | ClaimedElsewhere | Refused | Unmatched | Failed | Postponed | Cancelled | StoreDown
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,11 +109,11 @@ class TopologyConflict(SetupError):
     """The broker holds a queue or an exchange of this name with other arguments."""
 
 
-class Reject(Exception):  # noqa: N818  # a verdict of the handler, not an error of this library
+class Reject(Exception):  # a verdict of the handler, not an error of this library
     """Raised by a handler: this event can never be handled. It is dead-lettered as `rejected`, without a retry."""
 
 
-class RetryLater(Exception):  # noqa: N818  # as above
+class RetryLater(Exception):  # as above
     """Raised by a handler: try again after *delay*, whatever the retry policy says. It uses up an attempt."""
 
     def __init__(self, delay: timedelta, reason: str = "") -> None:

@@ -22,7 +22,7 @@ Declare = Literal["apply", "verify", "never"]
 CONNECT_TIMEOUT_S = 15.0
 
 
-class NotPublished(Exception):  # noqa: N818  # the port's own signal; the bus turns it into a PublishError with the envelope
+class NotPublished(Exception):  # the port's own signal; the bus turns it into a PublishError with the envelope
     """The broker did not confirm. `maybe_stored` is False where it certainly holds no copy."""
 
     def __init__(self, why: str, *, maybe_stored: bool, timed_out: bool = False) -> None:
