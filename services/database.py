@@ -1,9 +1,10 @@
 """How each service opens its own SQLite file. Nothing here knows a table.
 
-One connection per process and an immediate transaction each time: a read followed by a write cannot lose another's
-write, and a handler waits for its turn in the event loop instead of meeting a locked database.
+One connection per process, one transaction at a time, and an immediate one: a read followed by a write cannot lose
+another's write, and a handler waits for its turn in the event loop instead of meeting a locked database.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -16,7 +17,29 @@ from sqlalchemy.orm import DeclarativeBase
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
 
-Sessions = async_sessionmaker[AsyncSession]
+
+class Sessions:
+    """Sessions on one database, each in its turn: first come, first served.
+
+    The pool alone is not fair: it gives a connection that comes free to whoever asks next, and sends the one who waited
+    for it to the end of the line. An event would be overtaken by others that came long after it.
+    """
+
+    def __init__(self, sessions: async_sessionmaker[AsyncSession]) -> None:
+        self._sessions = sessions
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def __call__(self) -> AsyncIterator[AsyncSession]:
+        """A session to read with."""
+        async with self._turn, self._sessions() as session:
+            yield session
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """A session whose changes are kept when the block ends well. Open no other one inside: it waits for ever."""
+        async with self._turn, self._sessions.begin() as session:
+            yield session
 
 
 class Exact(TypeDecorator[Decimal]):
@@ -42,7 +65,7 @@ async def open_database(file: Path, tables: type[DeclarativeBase]) -> AsyncItera
     try:
         async with engine.begin() as connection:
             await connection.run_sync(tables.metadata.create_all)
-        yield async_sessionmaker(engine, expire_on_commit=False)
+        yield Sessions(async_sessionmaker(engine, expire_on_commit=False))
     finally:
         await engine.dispose()
 
