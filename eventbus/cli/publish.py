@@ -40,7 +40,7 @@ def publish(
     source: Annotated[str | None, typer.Option(help=f"Where it comes from (EVENTBUS_SOURCE, {SOURCE})")] = None,
     delay: Annotated[str | None, typer.Option(metavar="TIME", help="Hold it back: 500ms, 10s, 5m, 2h or 1d.")] = None,
     require_subscriber: Annotated[
-        bool, typer.Option("--require-subscriber", help="Fail if nobody subscribes to it.")
+        bool, typer.Option("--require-subscriber", help="Fail if nobody subscribes to it (a tail counts).")
     ] = False,
     as_json: output.Json = False,
 ) -> None:

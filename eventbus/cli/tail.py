@@ -30,7 +30,8 @@ def tail(
 ) -> None:
     """Show events as they are published, from now on, until Ctrl-C.
 
-    Each with its time, type, id, source and subject. Nobody else misses an event because of it.
+    Each with its time, type, id, source and subject. Nobody else misses an event because of it. What is published with
+    a delay goes to its subscribers by another way, and is not shown.
     """
     from eventbus.errors import SetupError
     from eventbus.service import pattern_of

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
+
+import eventbus
 
 # Drivers, frameworks and stores: what only a user of that part of the bus pays for.
 HEAVY = {
@@ -40,3 +44,15 @@ def test_the_embedded_broker_loads_none_either() -> None:
 
 def test_a_connection_to_rabbitmq_would_be_noticed() -> None:
     assert "aio_pika" in loaded_by("import eventbus.transport; eventbus.transport.from_url('amqp://localhost/')")
+
+
+def test_what_is_loaded_on_demand_is_what_type_checkers_are_told() -> None:
+    told = {
+        (alias.name, str(node.module).removeprefix("eventbus."))
+        for node in ast.walk(ast.parse(Path(eventbus.__file__).read_text()))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("eventbus.")
+        for alias in node.names
+    }
+
+    assert told == set(eventbus._HOME.items())
+    assert {name for name, _ in told} == set(eventbus.__all__)
