@@ -8,6 +8,7 @@ work is done). Decisions are `delivery.decide`'s; this module carries them out.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import traceback
@@ -116,6 +117,7 @@ class ServiceConsumer:
         self.stuck = 0  # retries and dead letters whose copies the broker does not take
         self._forced = False
         self._renewal: Timer | None = None
+        self._context = contextvars.copy_context()
 
     @property
     def is_idle(self) -> bool:
@@ -124,7 +126,8 @@ class ServiceConsumer:
 
     def deliver(self, delivery: Delivery) -> None:
         """Take *delivery*; never blocks, never raises."""
-        task = asyncio.get_running_loop().create_task(self._take(delivery))
+        # Not the context of whoever called: on the embedded broker that is a publisher's, with its spans and variables.
+        task = asyncio.get_running_loop().create_task(self._take(delivery), context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -153,6 +156,7 @@ class ServiceConsumer:
     # ── one delivery ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _take(self, delivery: Delivery) -> None:
+        self._environment.sender.telemetry.join(delivery.message.headers)
         try:
             parts = await self._parts(delivery)
         except Exception:

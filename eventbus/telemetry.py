@@ -112,14 +112,18 @@ class Telemetry:
             self._send_duration.record(time.perf_counter() - began, attributes)
             self._sent.add(1, attributes)
 
+    def join(self, headers: Mapping[str, object]) -> None:
+        """Let the running task belong to the trace that the message came with, its log lines included."""
+        parent = _extract(headers, "")
+        if parent is not None:
+            otel_context.attach(parent)  # for good: the task is this delivery's own
+
     @contextmanager
     def process(
         self, envelope: Envelope, headers: Mapping[str, object], *, queue: str, handler: str, attempt: int
     ) -> Iterator[Processing]:
-        """Measure one attempt of one handler, inside the trace that the message came with."""
+        """Measure one attempt of one handler."""
         processing = Processing()
-        parent = _extract(headers, "")
-        token = otel_context.attach(parent) if parent is not None else None
         attributes = self._attributes("process", f"{self._names.events}:{envelope.type}:{queue}")
         began = time.perf_counter()
         try:
@@ -131,8 +135,6 @@ class Telemetry:
             if processing.error_type is not None:
                 attributes["error.type"] = processing.error_type
             self._process_duration.record(time.perf_counter() - began, attributes)
-            if token is not None:
-                otel_context.detach(token)
 
     def _process_span(
         self,
