@@ -136,14 +136,13 @@ class _Feed:
 
     async def _carry(self) -> None:
         assert self._channel is not None
+        if self._is_stopping or self._is_turning:
+            await self._channel.cancel()  # before anything is settled, which would make room for more
         await self._channel.settle(self._batch.take())
         if self._is_stopping:
-            await self._channel.cancel()
             self._has_stopped.set()
-        elif self._is_turning:
-            await self._channel.cancel()
-            if self._unsettled == 0:
-                await self._go_on()
+        elif self._is_turning and self._unsettled == 0:
+            await self._go_on()
 
     async def _go_on(self) -> None:
         """The channel is cancelled and everything on it settled, but what is held."""
