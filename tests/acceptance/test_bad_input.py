@@ -19,6 +19,7 @@ from pika.adapters.blocking_connection import BlockingChannel
 from eventbus import Bus, Event, Retry, Service, Worker
 from eventbus.dead_letters import DeadLetter, DeadLetters
 from tests.rig import until
+from tests.servers import BrokerServer
 
 
 class Placed(Event, name="placed"):
@@ -41,6 +42,12 @@ class Shop:
             while len(found := [letter async for letter in dead]) < number:  # noqa: ASYNC110  # a broker is asked
                 await asyncio.sleep(0.05)
         return found
+
+
+@pytest.fixture
+def rabbitmq_url(every_line: BrokerServer) -> str:
+    """A fresh virtual host on each broker line, one after the other."""
+    return every_line.new_vhost()
 
 
 @pytest.fixture

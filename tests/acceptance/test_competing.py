@@ -10,6 +10,7 @@ import pytest
 
 from eventbus import Bus, Event, Service, Worker
 from tests.rig import until
+from tests.servers import BrokerServer
 
 ALL = list(range(1000))
 
@@ -28,6 +29,12 @@ def counting(name: str) -> tuple[Service, Counter[int]]:
         handled[event.order_id] += 1
 
     return service, handled
+
+
+@pytest.fixture
+def rabbitmq_url(every_line: BrokerServer) -> str:
+    """A fresh virtual host on each broker line, one after the other."""
+    return every_line.new_vhost()
 
 
 @pytest.fixture

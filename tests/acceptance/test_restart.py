@@ -12,9 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
+import pytest
+
 from eventbus import Bus, Envelope, Event, Retry, Service, Worker
 from eventbus.dead_letters import DeadLetter, DeadLetters
 from tests.rig import until
+from tests.servers import BrokerServer
 
 
 class Placed(Event, name="placed"):
@@ -23,6 +26,12 @@ class Placed(Event, name="placed"):
 
 class PlacedV2(Event, name="placed", version=2):
     order_id: int
+
+
+@pytest.fixture
+def rabbitmq_url(every_line: BrokerServer) -> str:
+    """A fresh virtual host on each broker line, one after the other."""
+    return every_line.new_vhost()
 
 
 PAYMENTS = """
