@@ -191,6 +191,29 @@ async def test_a_queue_that_was_deleted_is_declared_again(every_line: BrokerServ
         await eventually(lambda: taken.bodies == ["before", "after"], "the second is delivered")
 
 
+async def test_a_delivery_whose_ack_comes_too_late_is_delivered_again(own_broker_of_every_line: BrokerServer) -> None:
+    """Up to 4.2 the broker closes the channel, from 4.3 on it cancels the consumer: the session ends either way."""
+    broker = own_broker_of_every_line
+    url = broker.new_vhost()
+    taken = Taken(acks=lambda delivery: delivery.count > 0)
+    setting = "[application:set_env(rabbit, Name, Value) || {{Name, Value}} <- [{}]]."
+
+    await asyncio.to_thread(
+        broker.ctl, "eval", setting.format("{consumer_timeout, 1000}, {channel_tick_interval, 500}")
+    )
+    try:
+        async with opened(url, small()) as transport, consuming(url, small(), taken):
+            await transport.publish(fact("slow"), timeout_s=TIMEOUT_S)
+            await eventually(lambda: len(taken.deliveries) == 2, "it is delivered again")
+    finally:
+        await asyncio.to_thread(
+            broker.ctl, "eval", setting.format("{consumer_timeout, 1800000}, {channel_tick_interval, 60000}")
+        )
+
+    assert not taken.deliveries[0].is_live
+    assert taken.deliveries[1].count >= 1
+
+
 async def test_an_exchange_that_was_deleted_is_declared_again(every_line: BrokerServer) -> None:
     url = every_line.new_vhost()
 
@@ -650,6 +673,7 @@ async def test_what_came_back_too_often_runs_alone_even_when_wide(every_line: Br
         for name in names:
             await transport.publish(fact(name), timeout_s=TIMEOUT_S)
         await eventually(lambda: taken.bodies == names, "it is wide, and its window is full")
+        assert [delivery.count for delivery in taken.deliveries] == [0] * 5, "going wide gives nothing back"
         await transport.publish(fact("suspect"), timeout_s=TIMEOUT_S)
         for _ in range(3):
             assert await waiting_in(url, "work") == ["suspect"]  # taken and given back: a count each
