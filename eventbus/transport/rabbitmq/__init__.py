@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 from yarl import URL
 
-from eventbus.errors import SetupError, hide_password
+from eventbus.errors import SetupError, TransportError, hide_password
 from eventbus.topology import Topology
 from eventbus.transport.base import Broker, Declare, Delivery, NotPublished, Publication, Source
 from eventbus.transport.rabbitmq.consumer import RabbitConsumer
@@ -104,6 +104,8 @@ class RabbitMQ:
 
     @asynccontextmanager
     async def _look(self, purpose: str) -> AsyncGenerator[Session, None]:
+        if self._publisher is None or self._publisher.is_closed:
+            raise TransportError("the transport is closed, or was never opened: open it first")
         session = await first(lambda: connect(self._url, purpose, is_careful=True), self._address)
         self._looks.add(session)
         try:
@@ -118,8 +120,11 @@ def _parsed(url: str) -> URL:
     try:
         parsed = URL(url)
         port = parsed.port
-    except ValueError as error:
-        raise SetupError(f"{shown} is no URL ({error}): use amqp://USER:PASSWORD@HOST:5672/VHOST") from None
+    except ValueError:  # its text is left out: it may quote a part of the password
+        raise SetupError(
+            f"{shown} is no URL: use amqp://USER:PASSWORD@HOST:5672/VHOST, with '@', '/', ':' and '#' in a password "
+            "written as %40, %2F, %3A and %23"
+        ) from None
     if parsed.scheme not in ("amqp", "amqps") or not parsed.host:
         raise SetupError(f"{shown} is no URL of a RabbitMQ: use amqp://USER:PASSWORD@HOST:5672/VHOST, or amqps://")
     if parsed.query.get("no_verify_ssl", "0") != "0":

@@ -48,7 +48,7 @@ class Publisher:
         self._channel: PublishingChannel | None = None
         self._changed = asyncio.Event()  # set when there is a session, or a reason to wait for none
         self._refused: SetupError | None = None
-        self._is_closed = False
+        self.is_closed = False
         self._task: asyncio.Task[None] | None = None
         self._sent_to: Counter[str] = Counter()
         self.max_message_bytes = 0
@@ -68,7 +68,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Disconnect; outstanding publishes fail."""
-        self._is_closed = True
+        self.is_closed = True
         self._changed.set()
         if self._task is not None:
             self._task.cancel()
@@ -153,7 +153,7 @@ class Publisher:
             await self._changed.wait()
 
     def _check_open(self, progress: _Progress) -> None:
-        if self._is_closed:
+        if self.is_closed:
             raise NotPublished("the transport is closed", maybe_stored=progress.maybe_stored)
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────

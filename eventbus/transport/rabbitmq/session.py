@@ -30,7 +30,8 @@ from eventbus.transport.rabbitmq.wire import Wire
 
 log = logging.getLogger("eventbus.transport.rabbitmq")
 
-# Half a minute without a sign of life ends a connection; a handler may block the event loop for as long.
+# Silence ends a connection: the broker gives up after twice this, the client after three times. So a handler may block
+# the event loop for half a minute, and a broker that vanished without a word is noticed within a minute.
 HEARTBEAT_S: Final = 20
 CLOSE_TIMEOUT_S: Final = 5.0
 CLOSE_REASON_S: Final = 1.0
@@ -113,6 +114,8 @@ class Session:
         Raises:
             Lost: the session died.
         """
+        if not self.is_live:
+            raise Lost(self.reason)
         async with Calling(self):
             channel = await self._underlay.channel(publisher_confirms=confirms, on_return_raises=False)
         assert isinstance(channel, aiormq.Channel)
