@@ -1,7 +1,7 @@
 # `make` alone says what there is. Every target sets up what it needs, in .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check broker shop clean
+.PHONY: help setup demo test test-all check broker shop clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version
 PACKAGE := $(INSTALL) --build-constraint constraints.txt --editable .
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-8s %s\n", $$1, $$2 }'
 
 setup: $(VENV)/.dev  ## .venv with everything, once and again when pyproject.toml or constraints.txt change
 
@@ -19,6 +19,9 @@ demo: $(VENV)/.shop  ## the shop at work; URL=amqp://... on that broker, KEEP=1 
 
 test: $(VENV)/.dev  ## all tests, against a real RabbitMQ that they get themselves; ARGS=... for pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VENV)/.dev  ## the same on every broker line that this machine has: 3.10 native, 4.0 and 4.3 in containers
+	@$(BIN)/python -m pytest --all-lines $(ARGS)
 
 check: $(VENV)/.dev  ## format, lint, types, the direction of imports
 	$(BIN)/ruff format --check .

@@ -2,7 +2,8 @@
 
     broker                  the RabbitMQ of this session, shared
     rabbitmq_url            a fresh virtual host on it
-    every_line              one test per broker line that this machine has, each with that line's shared broker
+    every_line              one test per broker line that this machine has, each with that line's shared broker;
+                            the default line only, unless `--all-lines` is given (`make test-all`)
     own_broker              a RabbitMQ that the test may stop and kill
     own_broker_of_every_line
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.servers import LINES, Brokers, BrokerServer, find_lines, find_own_lines
+from tests.servers import LINES, Brokers, BrokerServer, find_lines, find_own_lines, lines_to_test
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("eventbus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,6 +25,10 @@ settings.load_profile("eventbus")
 
 BROKERS = pytest.StashKey[Brokers]()
 EVERY_LINE = {"every_line": find_lines, "own_broker_of_every_line": find_own_lines}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-lines", action="store_true", help="test every RabbitMQ line that this machine has")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,7 +42,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for fixture, lines in EVERY_LINE.items():
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, list(lines()), indirect=True)
+            metafunc.parametrize(fixture, lines_to_test(lines(), metafunc.config), indirect=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -45,7 +50,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if started:
         origins = sorted({server.origin for server in started})
         missing = [line for line in LINES if line not in find_lines()]
+        left_out = [line for line in find_lines() if line not in {server.line for server in started}]
         terminalreporter.write_line(f"brokers: {'; '.join(origins)}")
+        if left_out:
+            terminalreporter.write_line(
+                f"broker lines that are here, but were not tested (make test-all does): {left_out}"
+            )
         if missing:
             terminalreporter.write_line(f"broker lines that were not tested, since they are not here: {missing}")
 

@@ -33,6 +33,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from eventbus.errors import hide_password
 from tests.engines import (
@@ -48,6 +49,9 @@ from tests.engines import (
     native_scripts,
     native_version,
 )
+
+if TYPE_CHECKING:
+    import pytest  # `make broker` does without
 
 __all__ = ["LINES", "BrokerServer", "Brokers", "NoBroker", "ServerError", "find_lines", "find_own_lines"]
 
@@ -259,6 +263,11 @@ def find_lines() -> Mapping[str, Source]:
     """
     given = given_lines()
     return given | {line: source for line, source in lines_of_ours().items() if line not in given} or installed_line()
+
+
+def lines_to_test(lines: Mapping[str, Source], config: pytest.Config) -> list[str]:
+    """All of *lines* with `--all-lines`, else the default one."""
+    return list(lines) if config.getoption("all_lines") else list(lines)[:1]
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from eventbus.transport.base import (
     Unpublishable,
 )
 from tests.contract.conftest import LACKING
-from tests.servers import Brokers, BrokerServer, find_lines
+from tests.servers import Brokers, BrokerServer, find_lines, lines_to_test
 
 DEADLINE_S = 20
 CAREFUL = 10  # more deliveries than any adapter wants to see settled before it takes many at a time
@@ -61,12 +61,12 @@ SEES_BINDINGS = "finds a missing binding when it verifies"
 COMPARES_SHARED = "compares the arguments of shared queues and exchanges"
 
 
-def adapters() -> list[Adapter]:
+def adapters(config: pytest.Config) -> list[Adapter]:
     # AMQP cannot list bindings, and looking at something without declaring it compares nothing.
     blind = frozenset({SEES_BINDINGS, COMPARES_SHARED})
     return [
         Adapter("memory", None, frozenset({KEEPS})),
-        *(Adapter(f"rabbitmq {line}", line, blind) for line in find_lines()),
+        *(Adapter(f"rabbitmq {line}", line, blind) for line in lines_to_test(find_lines(), config)),
     ]
 
 
@@ -74,7 +74,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "adapter" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("needs")
-    able = adapters()
+    able = adapters(metafunc.config)
     if marker is not None:
         capability = marker.args[0]
         for adapter in able:
