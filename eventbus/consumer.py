@@ -273,7 +273,7 @@ class ServiceConsumer:
                 began = self._environment.clock.monotonic_s()
                 outcome = await _outcome_of(lambda: subscription.function(*arguments), subscription.timeout, run)
                 if not isinstance(outcome, Handled):
-                    processing.error_type = type(outcome).__name__
+                    processing.error_type = outcome.kind if isinstance(outcome, Failed) else type(outcome).__name__
                 else:
                     self._say_handled(envelope, subscription, attempt, self._environment.clock.monotonic_s() - began)
         finally:
@@ -489,7 +489,8 @@ def _timed_out(timeout: timedelta) -> str:
 
 def failure_of(error: BaseException, described: str | None = None) -> Failed:
     """The failure that *error* is, told without the data that a ValidationError would show."""
-    return Failed(described or _described(error), _innermost(_trace(error), LONGEST_TRACE))
+    trace = _innermost(_trace(error), LONGEST_TRACE)
+    return Failed(described or _described(error), trace, kind=type(error).__name__)
 
 
 def _trace(error: BaseException) -> str:

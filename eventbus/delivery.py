@@ -55,10 +55,14 @@ class Unmatched:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The handler raised, timed out, or its worker died in the middle. *trace* is the formatted traceback."""
+    """The handler raised, timed out, or its worker died in the middle.
+
+    *trace* is the formatted traceback, *kind* the class of what was raised.
+    """
 
     error: str
     trace: str = ""
+    kind: str = "Failed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,8 @@ class Exact(TypeDecorator[Decimal]):
 async def open_database(file: Path, tables: type[DeclarativeBase]) -> AsyncIterator[Sessions]:
     """Sessions on *file*, with *tables* made where they are missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(f"sqlite+aiosqlite:///{file}", pool_size=1, max_overflow=0)
+    # An error shows the statement, not the customer's data in it: it goes to logs and dead letters.
+    engine = create_async_engine(f"sqlite+aiosqlite:///{file}", pool_size=1, max_overflow=0, hide_parameters=True)
     event.listen(engine.sync_engine, "connect", _configure)
     event.listen(engine.sync_engine, "begin", _begin)
     try:

@@ -200,7 +200,7 @@ async def test_a_failed_attempt_is_an_error_without_its_text(sdk: Sdk) -> None:
 
     failed, handled = sdk.span(PROCESS), sdk.span(RETRY)
     assert failed.status.status_code is trace.StatusCode.ERROR
-    assert attributes(failed)["error.type"] == "Failed"
+    assert attributes(failed)["error.type"] == "ConnectionError"
     assert handled.status.status_code is trace.StatusCode.UNSET
     assert "error.type" not in attributes(handled)
     assert "MARKER" not in failed.to_json()
