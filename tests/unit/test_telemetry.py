@@ -301,7 +301,7 @@ async def test_the_four_metrics_count_what_was_sent_taken_and_handled(sdk: Sdk) 
         ("events:captured.v1:events.mail", None): 1,
     }
     assert sdk.counts("messaging.process.duration") == {
-        ("events:placed.v1:events.payments", "Failed"): 1,
+        ("events:placed.v1:events.payments", "ConnectionError"): 1,
         ("events:placed.v1:events.payments.retry", None): 1,
         ("events:captured.v1:events.mail", None): 1,
     }
