@@ -20,8 +20,9 @@ from eventbus.delivery import Reason
 from eventbus.envelope import Envelope, decode
 from eventbus.errors import EnvelopeError, SetupError, TransportError
 from eventbus.message import Message
+from eventbus.service import check_service_name
 from eventbus.settings import Settings
-from eventbus.topology import Names, check_service_name
+from eventbus.topology import Names
 from eventbus.transport import from_url
 from eventbus.transport.base import NotPublished
 

@@ -63,3 +63,30 @@ class Message:
 
 def _is_brokers_own(name: str) -> bool:
     return name in _BROKERS_OWN or name.startswith(_BROKERS_OWN_PREFIXES)
+
+
+def matches(pattern: str, key: str) -> bool:
+    """Whether a topic exchange routes *key* to a binding of *pattern* (AMQP 0-9-1, section 3.1.3.3)."""
+    return _matches(_words(pattern), _words(key))
+
+
+def _words(key: str) -> list[str]:
+    return key.split(".") if key else []  # RabbitMQ: the empty key has no words, not one empty word
+
+
+def _matches(pattern: list[str], words: list[str]) -> bool:
+    # Greedy: only the last `#` passed so far ever has to take one word more, so nothing is tried twice for the others.
+    at = word = 0
+    last_hash, taken_until = -1, 0
+    while word < len(words):
+        if at < len(pattern) and pattern[at] == "#":
+            last_hash, taken_until = at, word
+            at += 1
+        elif at < len(pattern) and pattern[at] in ("*", words[word]):
+            at, word = at + 1, word + 1
+        elif last_hash >= 0:
+            taken_until += 1
+            at, word = last_hash + 1, taken_until
+        else:
+            return False
+    return all(left == "#" for left in pattern[at:])

@@ -28,8 +28,8 @@ from eventbus.context import S
 from eventbus.envelope import Envelope, check_source
 from eventbus.errors import EnvelopeError, SetupError
 from eventbus.event import LONGEST_TYPE, Catalogue, Event, is_name, split_type
+from eventbus.message import matches
 from eventbus.retry import Retry
-from eventbus.topology import check_service_name, matches
 
 # A TypeVar bound to callables that take Never: every function of one or two parameters fits, whatever it is annotated
 # with, and the decorator returns it unchanged, without Any and without overloads.
@@ -41,6 +41,9 @@ Key = str | tuple[str, ...] | Callable[[Never], str]
 LONGEST_TIMEOUT = timedelta(minutes=25)
 DEFAULT_TIMEOUT = timedelta(seconds=30)
 
+RESERVED = frozenset({"dead", "delay", "due", "undeliverable"})
+# Short enough for the names made of it: a queue's has 255 bytes, and so has a retry's routing key.
+_SERVICE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,99}")
 _WHOLE_WORD = re.compile(r"[^.*#\s]+|\*|#")
 _VERSION_WORD = re.compile(r"v[0-9]+")
 
@@ -285,6 +288,18 @@ class Service(Generic[S]):
                 f"service {self._name!r} subscribes to nothing: decorate a handler with @{self._name}.on(...)"
             )
         return tuple(good), mistakes
+
+
+def check_service_name(name: str) -> None:
+    """Raises:
+    SetupError: *name* would collide with a name of the topology, or AMQP tools could not quote it.
+    """
+    if not _SERVICE_NAME.fullmatch(name):
+        raise SetupError(
+            f"{name!r} is no service name: use lower-case letters, digits, '_' and '-', a letter first, 100 at most"
+        )
+    if name in RESERVED:
+        raise SetupError(f"the service name {name!r} is taken by the bus itself ({', '.join(sorted(RESERVED))})")
 
 
 def check_all(services: tuple[Service[Any], ...]) -> dict[str, tuple[Subscription, ...]]:

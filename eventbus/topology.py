@@ -13,16 +13,15 @@ from typing import Literal
 
 from eventbus.delay import LEVELS, UNIT
 from eventbus.errors import SetupError
+from eventbus.service import check_service_name
 
 DEFAULT_NAMESPACE = "events"
 DELIVERY_LIMIT = 100
 # "No limit" is a number here: -1 drops at the first return on 3.10, and absent means 20 on 4.x, which eats dead
 # letters that somebody only looked at.
 NO_DELIVERY_LIMIT = 1_000_000_000
-RESERVED = frozenset({"dead", "delay", "due", "undeliverable"})
 
-# Short enough for the names made of them: a queue's has 255 bytes, and so has a retry's routing key.
-_SERVICE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,99}")
+# Short enough for the names made of it: a queue's has 255 bytes, and so has a retry's routing key.
 _NAMESPACE = re.compile(r"[a-z][a-z0-9_-]{0,99}")
 _STARS = ".".join("*" * LEVELS)
 
@@ -129,18 +128,6 @@ class Names:
         return f"{self.namespace}.{service}.dead"
 
 
-def check_service_name(name: str) -> None:
-    """Raises:
-    SetupError: *name* would collide with a name of the topology, or AMQP tools could not quote it.
-    """
-    if not _SERVICE_NAME.fullmatch(name):
-        raise SetupError(
-            f"{name!r} is no service name: use lower-case letters, digits, '_' and '-', a letter first, 100 at most"
-        )
-    if name in RESERVED:
-        raise SetupError(f"the service name {name!r} is taken by the bus itself ({', '.join(sorted(RESERVED))})")
-
-
 def quorum(arguments: Mapping[str, ArgumentValue] | None = None, *, dead_letter_to: str | None = None,
            delivery_limit: int = NO_DELIVERY_LIMIT) -> dict[str, ArgumentValue]:  # fmt: skip
     """A quorum queue's arguments. Dead-lettering is at-least-once, which needs `reject-publish`."""
@@ -206,30 +193,3 @@ def merge(topologies: Iterable[Topology]) -> Topology:
         tuple({q.name: q for t in parts for q in t.queues}.values()),
         tuple(dict.fromkeys(b for t in parts for b in t.bindings)),
     )
-
-
-def matches(pattern: str, key: str) -> bool:
-    """Whether a topic exchange routes *key* to a binding of *pattern* (AMQP 0-9-1, section 3.1.3.3)."""
-    return _matches(_words(pattern), _words(key))
-
-
-def _words(key: str) -> list[str]:
-    return key.split(".") if key else []  # RabbitMQ: the empty key has no words, not one empty word
-
-
-def _matches(pattern: list[str], words: list[str]) -> bool:
-    # Greedy: only the last `#` passed so far ever has to take one word more, so nothing is tried twice for the others.
-    at = word = 0
-    last_hash, taken_until = -1, 0
-    while word < len(words):
-        if at < len(pattern) and pattern[at] == "#":
-            last_hash, taken_until = at, word
-            at += 1
-        elif at < len(pattern) and pattern[at] in ("*", words[word]):
-            at, word = at + 1, word + 1
-        elif last_hash >= 0:
-            taken_until += 1
-            at, word = last_hash + 1, taken_until
-        else:
-            return False
-    return all(left == "#" for left in pattern[at:])

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 
 from eventbus.clock import Clock, SystemClock
 from eventbus.errors import SetupError, TopologyConflict
-from eventbus.message import Message
-from eventbus.topology import ArgumentValue, Binding, Exchange, Queue, Topology, matches
+from eventbus.message import Message, matches
+from eventbus.topology import ArgumentValue, Binding, Exchange, Queue, Topology
 from eventbus.transport.base import Declare, Delivery
 from eventbus.transport.memory_queue import Deaths, MemoryQueue, QueueConsumer, Stored, Waiting, isolated, text_argument
 

@@ -19,8 +19,8 @@ from pika.adapters.blocking_connection import BlockingChannel
 
 from eventbus.delay import rounded, way
 from eventbus.errors import SetupError, TopologyConflict
-from eventbus.message import Message
-from eventbus.topology import Binding, Exchange, Names, Queue, Topology, matches, merge, of_service, quorum, shared
+from eventbus.message import Message, matches
+from eventbus.topology import Binding, Exchange, Names, Queue, Topology, merge, of_service, quorum, shared
 from eventbus.transport import from_url
 from eventbus.transport.base import (
     Consumer,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventbus.message import ATTEMPT, HANDLER, KEPT_PROPERTIES, REASON, Message
+from eventbus.message import ATTEMPT, HANDLER, KEPT_PROPERTIES, REASON, Message, matches
 
 BROKERS_OWN = [
     "x-death",
@@ -79,3 +79,51 @@ def test_publishing_again_twice_changes_nothing_more_and_the_original_not_at_all
 def test_a_message_does_not_change() -> None:
     with pytest.raises(FrozenInstanceError):
         Message({}, b"").body = b"other"  # type: ignore[misc]
+
+
+# ── topic matching ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matching", "other"),
+    [
+        ("order_placed.v1", ["order_placed.v1"], ["order_placed.v2", "order_placed", "x.order_placed.v1", ""]),
+        ("order_placed.*", ["order_placed.v1", "order_placed.v2"], ["order_placed", "order_placed.v1.x", "order.v1"]),
+        ("payments.#", ["payments", "payments.captured", "payments.captured.v1"], ["payment", "x.payments"]),
+        ("#", ["", "a", "a.b.c"], []),
+        ("*", ["a"], ["", "a.b"]),
+        ("*.*", ["a.b"], ["a", "a.b.c"]),
+        ("#.v1", ["v1", "a.v1", "a.b.v1"], ["v1.a", "a.v2"]),
+        ("a.#.z", ["a.z", "a.b.z", "a.b.c.z"], ["a", "z", "a.z.b"]),
+        ("#.#", ["", "a", "a.b"], []),
+        ("a.#.#.b", ["a.b", "a.x.b"], ["a", "b"]),
+        ("*.#", ["a", "a.b"], [""]),
+        ("#.*", ["a", "a.b"], [""]),
+        ("", [""], ["a"]),
+    ],
+)
+def test_topic_matching(pattern: str, matching: list[str], other: list[str]) -> None:
+    assert [key for key in matching if not matches(pattern, key)] == []
+    assert [key for key in other if matches(pattern, key)] == []
+
+
+WORDS = st.lists(st.sampled_from(["a", "b", "*", "#"]), max_size=6)
+KEYS = st.lists(st.sampled_from(["a", "b"]), max_size=6)
+
+
+def matches_by_the_book(pattern: list[str], key: list[str]) -> bool:
+    """The definition, by backtracking: slow and obvious."""
+    if not pattern:
+        return not key
+    if pattern[0] == "#":
+        return any(matches_by_the_book(pattern[1:], key[skipped:]) for skipped in range(len(key) + 1))
+    return bool(key) and pattern[0] in ("*", key[0]) and matches_by_the_book(pattern[1:], key[1:])
+
+
+@given(WORDS, KEYS)
+def test_topic_matching_is_that_of_the_specification(pattern: list[str], key: list[str]) -> None:
+    assert matches(".".join(pattern), ".".join(key)) == matches_by_the_book(pattern, key)
+
+
+def test_a_pattern_of_many_hashes_takes_no_longer_for_it() -> None:
+    assert not matches(".".join(["#", "a"] * 40), ".".join(["a"] * 39))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, computed_field
 
 from eventbus import Catalogue, Context, Envelope, EnvelopeError, Event, Retry, Service, SetupError, Worker
 from eventbus.envelope import enclose
-from eventbus.service import Subscription, UnknownVersion, check_all, pattern_of
+from eventbus.service import RESERVED, Subscription, UnknownVersion, check_all, check_service_name, pattern_of
 
 
 class Placed(Event, name="order_placed"):
@@ -703,3 +703,26 @@ def test_a_handler_that_is_added_to_the_replaced_service_is_not_the_originals() 
 
     assert [s.handler for s in shop.subscriptions()] == ["placed"]
     assert [s.handler for s in other.subscriptions()] == ["placed", "spy"]
+
+
+# ── a service's name ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["a", "mail", "order-desk", "stock_2", "a" * 100])
+def test_a_good_service_name(name: str) -> None:
+    check_service_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Mail", "2mail", "_mail", "-mail", "mail.retry", "ma il", "mäil", "mail\n", "a" * 101]
+)
+def test_a_bad_service_name_is_refused_with_the_rule(name: str) -> None:
+    with pytest.raises(SetupError, match="is no service name: use lower-case letters"):
+        check_service_name(name)
+
+
+@pytest.mark.parametrize("name", ["dead", "delay", "due", "undeliverable"])
+def test_the_names_of_the_bus_itself_are_taken(name: str) -> None:
+    assert name in RESERVED
+    with pytest.raises(SetupError, match=f"'{name}' is taken by the bus itself"):
+        Service(name)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from eventbus.errors import SetupError
 from eventbus.topology import (
-    RESERVED,
     Binding,
     Names,
-    check_service_name,
-    matches,
     merge,
     of_service,
     shared,
@@ -220,26 +215,6 @@ def test_it_is_plain_json() -> None:
 # ── names ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["a", "mail", "order-desk", "stock_2", "a" * 100])
-def test_a_good_service_name(name: str) -> None:
-    check_service_name(name)
-
-
-@pytest.mark.parametrize(
-    "name", ["", "Mail", "2mail", "_mail", "-mail", "mail.retry", "ma il", "mäil", "mail\n", "a" * 101]
-)
-def test_a_bad_service_name_is_refused_with_the_rule(name: str) -> None:
-    with pytest.raises(SetupError, match="is no service name: use lower-case letters"):
-        check_service_name(name)
-
-
-@pytest.mark.parametrize("name", ["dead", "delay", "due", "undeliverable"])
-def test_the_names_of_the_bus_itself_are_taken(name: str) -> None:
-    assert name in RESERVED
-    with pytest.raises(SetupError, match=f"'{name}' is taken by the bus itself"):
-        of_service(NAMES, name, ["#"])
-
-
 @pytest.mark.parametrize("namespace", ["", "Events", "ev.ents", "1", "e" * 101, "events\n"])
 def test_a_bad_namespace_is_refused(namespace: str) -> None:
     with pytest.raises(SetupError, match="is no namespace"):
@@ -252,51 +227,3 @@ def test_the_longest_names_still_fit_into_amqp() -> None:
 
     assert all(len(queue.name) <= 255 for queue in own.queues)
     assert all(len(binding.routing_key) <= 255 for binding in own.bindings)
-
-
-# ── topic matching ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("pattern", "matching", "other"),
-    [
-        ("order_placed.v1", ["order_placed.v1"], ["order_placed.v2", "order_placed", "x.order_placed.v1", ""]),
-        ("order_placed.*", ["order_placed.v1", "order_placed.v2"], ["order_placed", "order_placed.v1.x", "order.v1"]),
-        ("payments.#", ["payments", "payments.captured", "payments.captured.v1"], ["payment", "x.payments"]),
-        ("#", ["", "a", "a.b.c"], []),
-        ("*", ["a"], ["", "a.b"]),
-        ("*.*", ["a.b"], ["a", "a.b.c"]),
-        ("#.v1", ["v1", "a.v1", "a.b.v1"], ["v1.a", "a.v2"]),
-        ("a.#.z", ["a.z", "a.b.z", "a.b.c.z"], ["a", "z", "a.z.b"]),
-        ("#.#", ["", "a", "a.b"], []),
-        ("a.#.#.b", ["a.b", "a.x.b"], ["a", "b"]),
-        ("*.#", ["a", "a.b"], [""]),
-        ("#.*", ["a", "a.b"], [""]),
-        ("", [""], ["a"]),
-    ],
-)
-def test_topic_matching(pattern: str, matching: list[str], other: list[str]) -> None:
-    assert [key for key in matching if not matches(pattern, key)] == []
-    assert [key for key in other if matches(pattern, key)] == []
-
-
-WORDS = st.lists(st.sampled_from(["a", "b", "*", "#"]), max_size=6)
-KEYS = st.lists(st.sampled_from(["a", "b"]), max_size=6)
-
-
-def matches_by_the_book(pattern: list[str], key: list[str]) -> bool:
-    """The definition, by backtracking: slow and obvious."""
-    if not pattern:
-        return not key
-    if pattern[0] == "#":
-        return any(matches_by_the_book(pattern[1:], key[skipped:]) for skipped in range(len(key) + 1))
-    return bool(key) and pattern[0] in ("*", key[0]) and matches_by_the_book(pattern[1:], key[1:])
-
-
-@given(WORDS, KEYS)
-def test_topic_matching_is_that_of_the_specification(pattern: list[str], key: list[str]) -> None:
-    assert matches(".".join(pattern), ".".join(key)) == matches_by_the_book(pattern, key)
-
-
-def test_a_pattern_of_many_hashes_takes_no_longer_for_it() -> None:
-    assert not matches(".".join(["#", "a"] * 40), ".".join(["a"] * 39))
