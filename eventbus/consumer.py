@@ -11,14 +11,12 @@ import asyncio
 import contextvars
 import logging
 import random
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, timedelta
-from types import TracebackType
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from eventbus import message as header
 from eventbus.bus import Sender
@@ -43,6 +41,7 @@ from eventbus.delivery import (
 )
 from eventbus.envelope import Envelope, decode
 from eventbus.errors import EnvelopeError, Reject, RetryLater, StoreError
+from eventbus.failure import failure_of, one_line, text_of
 from eventbus.idempotency.base import KEEP_DONE, LEASE, Done, IdempotencyStore, Mine, Theirs
 from eventbus.message import Message
 from eventbus.service import Service, Subscription, UnknownVersion
@@ -51,8 +50,6 @@ from eventbus.transport.base import Delivery, NotPublished, Unpublishable
 
 log = logging.getLogger("eventbus.delivery")
 
-LONGEST_ERROR = 1024
-LONGEST_TRACE = 8 * 1024  # all headers of a message travel in one frame, which cannot be split
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 10.0
 # Foreign senders may use any number of types; the plan of each is remembered up to this many.
@@ -386,7 +383,7 @@ class ServiceConsumer:
         else:
             headers[header.ATTEMPT] = attempt
             headers[header.REASON] = settlement.reason
-            headers[header.ERROR] = _cut(settlement.error, LONGEST_ERROR)
+            headers[header.ERROR] = one_line(settlement.error)
             if settlement.trace:
                 headers[header.TRACE] = settlement.trace
         return message.republished(headers)
@@ -411,12 +408,12 @@ class ServiceConsumer:
         if isinstance(settlement, DeadLetter):
             self._say(
                 logging.ERROR, work, attempt, "dead-lettered", f"gave up ({settlement.reason})",
-                reason=settlement.reason, error=_cut(settlement.error, LONGEST_ERROR),
+                reason=settlement.reason, error=one_line(settlement.error),
             )  # fmt: skip
         elif settlement.attempt > attempt:
             self._say(
                 logging.WARNING, work, attempt, "retry", f"failed, again in {settlement.delay.total_seconds():.3g} s",
-                due_in_s=settlement.delay.total_seconds(), error=_cut(settlement.error, LONGEST_ERROR),
+                due_in_s=settlement.delay.total_seconds(), error=one_line(settlement.error),
             )  # fmt: skip
         else:
             self._say(
@@ -470,9 +467,9 @@ def _outcome_of_error(error: BaseException, run: _Run, *, timed_out: timedelta |
         return run.cancelled_because
     match error:
         case Reject():
-            return Refused("rejected", _text(error) or "rejected without a reason")
+            return Refused("rejected", text_of(error) or "rejected without a reason")
         case RetryLater(delay=delay):
-            return Postponed(delay, _text(error))
+            return Postponed(delay, text_of(error))
         case asyncio.CancelledError():
             if _current_task().cancelling():  # by whoever ends the event loop
                 raise error
@@ -485,81 +482,6 @@ def _outcome_of_error(error: BaseException, run: _Run, *, timed_out: timedelta |
 
 def _timed_out(timeout: timedelta) -> str:
     return f"timed out after {timeout.total_seconds():g} s"
-
-
-def failure_of(error: BaseException, described: str | None = None) -> Failed:
-    """The failure that *error* is, told without the data that a ValidationError would show."""
-    trace = _innermost(_trace(error), LONGEST_TRACE)
-    return Failed(described or _described(error), trace, kind=type(error).__name__)
-
-
-def _trace(error: BaseException) -> str:
-    """As Python prints it, what came first first."""
-    told: list[str] = []
-    seen: set[int] = set()
-    below: BaseException | None = error
-    link = ""
-    while below is not None and id(below) not in seen:
-        seen.add(id(below))
-        told.append(_trace_of_one(below) + link)
-        if below.__cause__ is not None:
-            below, link = below.__cause__, "\nThe above exception was the direct cause of the following exception:\n\n"
-        else:
-            below = None if below.__suppress_context__ else below.__context__
-            link = "\nDuring handling of the above exception, another exception occurred:\n\n"
-    return "".join(reversed(told))
-
-
-def _trace_of_one(error: BaseException) -> str:
-    frames = traceback.format_tb(_without_ours(error.__traceback__))
-    shows_data = isinstance(error, ValidationError)
-    said = [f"{_described(error)}\n"] if shows_data else traceback.format_exception_only(error)
-    inner = [_trace(e) for e in error.exceptions] if isinstance(error, BaseExceptionGroup) else []
-    return "".join(["Traceback (most recent call last):\n", *frames, *said, *inner])
-
-
-def _without_ours(frames: TracebackType | None) -> TracebackType | None:
-    theirs = frames
-    while theirs is not None and theirs.tb_frame.f_code.co_filename == __file__:
-        theirs = theirs.tb_next
-    return theirs or frames
-
-
-def _described(error: BaseException) -> str:
-    """The error in one line."""
-    name = type(error).__name__
-    if isinstance(error, ValidationError):
-        # Not its places: a dictionary's keys are data too.
-        problems = error.errors(include_input=False, include_url=False, include_context=False)
-        return f"{name} of {error.title}: {', '.join(dict.fromkeys(problem['type'] for problem in problems))}"
-    text = _text(error)
-    if isinstance(error, BaseExceptionGroup):
-        text = f"{text}: {'; '.join(_described(inner) for inner in error.exceptions[:3])}"
-    return f"{name}: {text}" if text else name
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001  # a handler's own class of error may have a bug
-        return "(its text cannot be had)"
-
-
-def _cut(text: str, longest_bytes: int) -> str:
-    """*text* in one line of at most *longest_bytes*."""
-    encoded = " ".join(text.split()).encode(errors="replace")
-    return (
-        encoded.decode()
-        if len(encoded) <= longest_bytes
-        else encoded[: longest_bytes - 3].decode(errors="ignore") + "..."
-    )
-
-
-def _innermost(trace: str, longest_bytes: int) -> str:
-    encoded = trace.encode(errors="replace")
-    if len(encoded) <= longest_bytes:
-        return encoded.decode()
-    return "..." + encoded[3 - longest_bytes :].decode(errors="ignore")
 
 
 def _attempt(message: Message) -> int:

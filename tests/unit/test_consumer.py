@@ -17,9 +17,9 @@ from pydantic import BaseModel
 
 from eventbus import Context, Envelope, Event, Reject, Retry, RetryLater, Service
 from eventbus import message as header
-from eventbus.consumer import LONGEST_ERROR, LONGEST_TRACE, failure_of
 from eventbus.dead_letters import DeadLetter
 from eventbus.envelope import encode
+from eventbus.failure import LONGEST_ERROR, LONGEST_TRACE, failure_of
 from eventbus.idempotency.base import LEASE, Claim, Mine
 from eventbus.message import Message
 from eventbus.transport.base import NotPublished, Publication, Unpublishable
