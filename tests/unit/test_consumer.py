@@ -19,7 +19,7 @@ from eventbus import Context, Envelope, Event, Reject, Retry, RetryLater, Servic
 from eventbus import message as header
 from eventbus.dead_letters import DeadLetter
 from eventbus.envelope import encode
-from eventbus.failure import LONGEST_ERROR, LONGEST_TRACE, failure_of
+from eventbus.failure import LONGEST_ERROR, LONGEST_TRACE
 from eventbus.idempotency.base import LEASE, Claim, Mine
 from eventbus.message import Message
 from eventbus.transport.base import NotPublished, Publication, Unpublishable
@@ -1101,37 +1101,6 @@ async def test_an_error_is_cut_to_what_a_header_frame_holds_with_the_innermost_f
         assert letter.error.startswith("ValueError: é")
         assert len(letter.trace.encode()) <= LONGEST_TRACE
         assert letter.trace.endswith("é\n")
-
-
-def test_a_trace_is_told_as_python_tells_it() -> None:
-    def fail() -> None:
-        try:
-            raise KeyError("first")
-        except KeyError as error:
-            raise ValueError("second") from error
-
-    try:
-        fail()
-    except ValueError as error:
-        trace = failure_of(error).trace
-
-    lines = [line for line in trace.splitlines() if not line.startswith(" ")]
-    assert lines == [
-        "Traceback (most recent call last):",
-        "KeyError: 'first'",
-        "",
-        "The above exception was the direct cause of the following exception:",
-        "",
-        "Traceback (most recent call last):",
-        "ValueError: second",
-    ]
-
-
-def test_errors_that_cause_each_other_are_told_once() -> None:
-    one, other = ValueError("one"), ValueError("other")
-    one.__cause__, other.__cause__ = other, one
-
-    assert failure_of(one).trace.count("ValueError: one") == 1
 
 
 # ── the log ─────────────────────────────────────────────────────────────────────────────────────────────────────────
