@@ -42,14 +42,15 @@ def test_a_validation_error_is_told_by_model_and_kind_only() -> None:
     class Card(BaseModel):
         number: int
 
+    told = "4111 " * 2  # not as it stands in this line, which the trace shows
     try:
-        Card(number="4111 1111")  # type: ignore[arg-type]  # the point
+        Card.model_validate({"number": told})
     except ValueError as error:
         failure = failure_of(error)
 
     assert failure.error == "ValidationError of Card: int_parsing"
     assert failure.kind == "ValidationError"
-    assert "4111" not in failure.trace
+    assert told not in failure.trace
 
 
 def test_a_text_becomes_one_line_of_bounded_length() -> None:
