@@ -74,7 +74,7 @@ def test_hello_is_fifteen_lines_and_says_what_the_readme_says(folder: Path) -> N
 
 
 def test_hellos_test_passes(folder: Path) -> None:
-    said = sh("python -m pytest -q -o asyncio_mode=auto test_hello.py", folder)
+    said = sh(named("test"), folder)
 
     assert "1 passed" in said
 
@@ -120,7 +120,7 @@ def test_the_first_commands_run_the_demo() -> None:
 
 
 def test_every_snippet_is_run_by_one_of_these_tests() -> None:
-    known = {("sh", ""), ("sh", "worker"), ("sh", "publisher"), ("text", "")}
+    known = {("sh", ""), ("sh", "worker"), ("sh", "publisher"), ("sh", "test"), ("text", "")}
     known |= {("python", ""), ("python", "hello.py"), ("python", "test_hello.py")}
 
     in_the_map = {("", "")}
