@@ -29,8 +29,16 @@ app = typer.Typer(
 def eventbus(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. May stand anywhere.")] = False,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Say which eventbus this is. More of it: eventbus version.")
+    ] = False,
 ) -> None:
     """Run event-driven services on RabbitMQ, and look after them."""
+    if show_version:
+        from importlib.metadata import version as installed
+
+        output.say(f"eventbus {installed('eventbus')}")
+        raise typer.Exit
     output.show_help_alone(context)
 
 

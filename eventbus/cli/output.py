@@ -144,13 +144,18 @@ def _lines(error: BaseException, *, debug: bool) -> Iterator[str]:
         case WrongUsage():
             yield hide_password(str(error))
         case typer.TyperException():
-            yield f"{error.format_message()}{_see_help(error)}"
+            yield f"{_sentence(error.format_message())}{_see_help(error)}"
         case BaseExceptionGroup():
             for inner in error.exceptions:
                 yield from _lines(inner, debug=debug)
         case _:
             where = "" if debug else " (with --debug: where)"
             yield f"{type(error).__name__}: {hide_password(' '.join(str(error).split()))}{where}"
+
+
+def _sentence(text: str) -> str:
+    """*text* so that another sentence can follow."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _see_help(error: typer.TyperException) -> str:

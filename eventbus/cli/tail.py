@@ -30,8 +30,8 @@ def tail(
 ) -> None:
     """Show events as they are published, from now on, until Ctrl-C.
 
-    Each with its time, type, id, source and subject. Nobody else misses an event because of it. What is published with
-    a delay goes to its subscribers by another way, and is not shown.
+    Each with its time, type, id, source and subject. Nobody else misses an event because of it.
+    What is published with a delay goes to its subscribers by another way, and is not shown.
     """
     from eventbus.errors import SetupError
     from eventbus.service import pattern_of
@@ -47,7 +47,7 @@ def tail(
 
 async def _tail(place: Place, key: str, view: _View, limit: int | None) -> None:
     async with connected(place) as transport, transport.tail(place.names.events, key) as deliveries:
-        output.note(f"events of {key} at {transport.broker.host}, until Ctrl-C")
+        output.note(f"events of {key} at {transport.broker.host}:{transport.broker.port}, until Ctrl-C")
         shown = 0
         async for delivery in deliveries:
             view.show(delivery)

@@ -18,6 +18,7 @@ from eventbus.transport.rabbitmq.refusals import Missing, not_allowed
 from eventbus.transport.rabbitmq.session import Calling, Lost, Session
 
 MAX_VIEW: Final = 10_000
+MENTIONED: Final = 5  # of what is missing
 
 Part = Exchange | Queue | Binding
 
@@ -55,8 +56,13 @@ async def _apply(session: Session, topology: Topology) -> None:
 async def _verify(session: Session, topology: Topology) -> None:
     missing = await _missing(session, [*topology.exchanges, *topology.queues])
     if missing:
-        names = ", ".join(f"{type(part).__name__.lower()} '{part.name}'" for part in missing)
-        raise Missing(f"missing at {session.address}: {names}. Declare it with: eventbus topology apply")
+        raise Missing(f"missing at {session.address}: {some_of(missing)}. Declare it with: eventbus topology apply")
+
+
+def some_of(parts: Sequence[Exchange | Queue]) -> str:
+    """*parts*, in a line that a person can read: on an empty broker there are dozens."""
+    names = [f"{type(part).__name__.lower()} '{part.name}'" for part in parts[:MENTIONED]]
+    return ", ".join(names) + (f" and {len(parts) - MENTIONED} more" if len(parts) > MENTIONED else "")
 
 
 def shared_objects(topology: Topology) -> list[Exchange | Queue]:

@@ -99,13 +99,18 @@ def not_allowed(error: aiormq.ChannelClosed, user: str) -> SetupError | Transpor
     """Why a declaration or a consumer was refused."""
     text = _text(error)
     if isinstance(error, aiormq.ChannelAccessRefused):
-        return SetupError(f"{text}: give '{user}' the permission, or let a user who has it declare the topology first")
+        return SetupError(
+            f"{text}: give '{user}' the permission (rabbitmqctl set_permissions), or let a user who has it declare the "
+            "topology first (eventbus topology apply)"
+        )
     if isinstance(error, aiormq.ChannelPreconditionFailed) and (conflict := _conflict(text)):
         return conflict
     if isinstance(error, aiormq.ChannelPreconditionFailed):
         return SetupError(text)
     if (isinstance(error, aiormq.ChannelNotFoundEntity) and "no queue" in text) or "no exchange" in text:
-        return Missing(f"{text}: declare it first (eventbus topology apply, or EVENTBUS_DECLARE=apply)")
+        return Missing(
+            f"{text}: is that its name? If so, declare it first (eventbus topology apply, or EVENTBUS_DECLARE=apply)"
+        )
     return TransportError(text)
 
 

@@ -69,6 +69,7 @@ def test_data_without_a_class_must_at_least_be_json_with_a_type(
         (["dead", "replay", "greeter"], "Name IDs, --reason, --handler or --all"),
         (["dead", "replay", "greeter", "0123", "--all"], "--all and IDs exclude each other"),
         (["dead", "replay", "greeter", "--reason", "hunger", "--yes"], "rejected, exhausted, invalid-envelope"),
+        (["topology", "remove", "greeter"], "add --yes"),
         (["runn", "hello"], "Did you mean 'run'?"),
         (["demo", "--sabotage", "everything"], "'lose', 'twice'"),
     ],
@@ -86,6 +87,8 @@ def test_what_cannot_be_meant_is_wrong_usage(words: list[str], said: str, eventb
         ["publish", "greeted.v1", "{}"],
         ["tail"],
         ["topology", "apply", "hello"],
+        ["topology", "verify", "hello"],
+        ["topology", "remove", "greeter", "--yes"],
         ["dead", "list", "greeter"],
         ["dead", "show", "greeter", "0123456789ab"],
         ["dead", "replay", "greeter", "--all", "--yes"],
@@ -152,6 +155,8 @@ COMMANDS = [
     ["tail"],
     ["topology", "show"],
     ["topology", "apply"],
+    ["topology", "verify"],
+    ["topology", "remove"],
     ["dead", "list"],
     ["dead", "show"],
     ["dead", "replay"],
@@ -187,6 +192,14 @@ def test_a_group_alone_shows_what_it_has(words: list[str], eventbus: Eventbus) -
 
     assert (ended.code, ended.err) == (2, "")
     assert "Commands" in ended.out
+
+
+def test_version_as_an_option_is_one_line(eventbus: Eventbus) -> None:
+    ended = eventbus("--version")
+
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.split()[0] == "eventbus"
+    assert len(ended.out.splitlines()) == 1
 
 
 def test_version_without_a_broker_is_what_is_installed(eventbus: Eventbus) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eventbus.topology import Binding, Exchange, Names, Queue, shared
-from eventbus.transport.rabbitmq.declare import in_safe_order, shared_objects
+from eventbus.transport.rabbitmq.declare import in_safe_order, shared_objects, some_of
 
 
 def test_what_events_are_published_to_comes_last_when_every_binding_is_there() -> None:
@@ -27,3 +27,11 @@ def test_nothing_is_bound_before_it_exists() -> None:
             assert {part.source, part.destination} <= exists
         else:
             exists.add(part.name)
+
+
+def test_of_much_that_is_missing_a_line_names_some_and_counts_the_rest() -> None:
+    exchanges = shared(Names()).exchanges
+
+    assert some_of(exchanges[:2]) == f"exchange '{exchanges[0].name}', exchange '{exchanges[1].name}'"
+    assert some_of(exchanges[:5]).count("exchange") == 5
+    assert some_of(exchanges).endswith(f"exchange '{exchanges[4].name}' and {len(exchanges) - 5} more")

@@ -120,12 +120,12 @@ def test_why_there_is_no_connection(error: Exception, close_text: str | None, ki
         (
             aiormq.ChannelAccessRefused("ACCESS_REFUSED - access to queue 'q' in vhost '/' refused for user 'ada'"),
             SetupError,
-            "access to queue 'q'.*give 'ada' the permission",
+            "access to queue 'q'.*give 'ada' the permission .rabbitmqctl set_permissions.",
         ),
         (
             aiormq.ChannelNotFoundEntity("NOT_FOUND - no queue 'q' in vhost '/'"),
             Missing,
-            "no queue 'q'.*eventbus topology apply",
+            "no queue 'q'.*is that its name.*eventbus topology apply",
         ),
         (aiormq.ChannelLockedResource("RESOURCE_LOCKED - cannot obtain"), TransportError, "RESOURCE_LOCKED"),
     ],
