@@ -366,26 +366,35 @@ async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
     Raises:
         SetupError, TransportError: it could not start, or could not go on.
     """
-    loop = asyncio.get_running_loop()
+    loop, serving = asyncio.get_running_loop(), asyncio.current_task()
+    assert serving is not None
     signals = 0
 
     def on_signal() -> None:
         nonlocal signals
         signals += 1
         announce("stopping: waiting for handlers at work (again to hurry)" if signals == 1 else "stopping now")
-        worker._stop(hurry=signals > 1)
+        if worker._running is None or (signals > 1 and not worker._has_started.is_set()):
+            serving.cancel()  # nothing was taken yet, or nobody waits for it
+        else:
+            worker._stop(hurry=signals > 1)
 
-    async with worker:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal)
-        try:
-            for line in worker._describe():
+    # Before the start: events are handled while the last queue is not consumed yet, and a signal that nobody awaits
+    # would end the process in the middle of them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        async with worker:
+            for line in [] if signals else [*worker._describe(), "ready"]:
                 announce(line)
-            announce("ready")
             await worker.wait()
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+    except asyncio.CancelledError:
+        if not signals:
+            raise
+        serving.uncancel()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
 
 def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -556,3 +557,53 @@ def test_a_signal_drains_and_a_second_one_hurries(
         assert process.wait(10) == 0
 
     assert lines[lines.index("ready") + 1 :] == ["started", *end]
+
+
+STARTING = """
+    import asyncio, os, signal, sys
+    from contextlib import asynccontextmanager
+    from eventbus import Envelope, Service, run
+
+    @asynccontextmanager
+    async def lifespan(service):
+        for _ in range(int(sys.argv[1])):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(float(sys.argv[2]))
+        yield
+        print("left", flush=True)
+
+    shop = Service("shop", lifespan=lifespan)
+
+    @shop.on("#")
+    async def handle(envelope: Envelope) -> None: ...
+
+    run(shop, url="memory://")
+"""
+
+
+@pytest.mark.parametrize(("signals", "takes_s", "end"), [(1, "0.1", "left"), (2, "0.1", "stopping now")])
+def test_a_signal_while_it_starts_stops_it_in_order(tmp_path: Path, signals: int, takes_s: str, end: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(STARTING))
+
+    ended = subprocess.run([sys.executable, program, str(signals), takes_s], capture_output=True, text=True, timeout=20)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines()[0].startswith("stopping: ")
+    assert ended.stdout.splitlines()[-1] == end
+    assert "ready" not in ended.stdout
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_a_signal_while_the_broker_does_not_answer_ends_it(tmp_path: Path, hangs_up: bool) -> None:
+    program = tmp_path / "program.py"
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        url = f"amqp://127.0.0.1:{deaf.getsockname()[1]}/"
+        program.write_text(textwrap.dedent(STARTING).replace("memory://", url))
+        with subprocess.Popen([sys.executable, program, "0", "0"], stdout=subprocess.PIPE, text=True) as process:
+            with deaf.accept()[0] as connection:
+                if hangs_up:  # the client sees its connection break and the cancellation at once
+                    connection.close()
+                process.terminate()
+
+                assert process.wait(10) == 0

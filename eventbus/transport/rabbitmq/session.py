@@ -213,6 +213,9 @@ async def connect(url: URL, purpose: str, *, is_careful: bool = False) -> Sessio
         SetupError, TransportError: why there is none.
     """
     _quiet_the_client()
+    connecting = asyncio.current_task()
+    assert connecting is not None
+    cancels = connecting.cancelling()
     address = Address.of(url)
     wire = Wire(is_tls=address.is_tls, is_careful=is_careful)
     connection = _Connection(
@@ -227,6 +230,9 @@ async def connect(url: URL, purpose: str, *, is_careful: bool = False) -> Sessio
     except BaseException as error:
         wire.abort()
         await connection.close()
+        # aiormq, cancelled while the connection breaks, says only that it broke: we would try again, for ever.
+        if connecting.cancelling() > cancels:
+            raise asyncio.CancelledError from error
         if isinstance(error, Exception) and not isinstance(error, SetupError):
             raise not_connected(error, address, wire.close_text()) from error
         raise
