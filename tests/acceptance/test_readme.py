@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from eventbus.settings import Settings
+
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 DEADLINE_S = 60
@@ -108,6 +110,12 @@ def test_what_one_terminal_publishes_the_other_one_handles(folder: Path, rabbitm
             worker.terminate()
             worker.wait(DEADLINE_S)
     assert worker.returncode == 0
+
+
+def test_every_setting_is_in_the_table_and_nothing_else() -> None:
+    listed = re.findall(r"^\| `EVENTBUS_(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+    assert {name.lower() for name in listed} == set(Settings.model_fields)
 
 
 def test_the_first_commands_run_the_demo() -> None:
