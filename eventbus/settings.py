@@ -23,10 +23,11 @@ _REMEDY = {
     "idempotency": "an URL, like memory://",
     "declare": "apply, verify or never",
     "max_message_bytes": "a whole number of bytes from 1",
+    "management_url": "an URL, like http://user:password@host:15672/",
     "log": "console or json",
     "log_level": "debug, info, warning or error",
 }
-_SECRET = frozenset({"url", "idempotency"})
+_SECRET = frozenset({"url", "idempotency", "management_url"})
 
 
 def _lower(value: object) -> object:
@@ -48,6 +49,8 @@ class Settings(BaseModel):
     declare: Annotated[Literal["apply", "verify", "never"], BeforeValidator(_lower)] = "apply"
     # None: what the broker allows.
     max_message_bytes: Annotated[int, Field(ge=1)] | None = None
+    # None: on the broker's host, where it usually is. Only the commands that look after a broker use it.
+    management_url: _Url | None = Field(default=None, repr=False)
     # None: console on a terminal, json elsewhere.
     log: Annotated[Literal["console", "json"], BeforeValidator(_lower)] | None = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from eventbus.settings import Settings
     from eventbus.topology import Names, Topology
     from eventbus.transport.base import Declare, Transport
+    from eventbus.transport.rabbitmq.management import Management
 
 T = TypeVar("T")
 
@@ -29,6 +30,15 @@ Url = Annotated[
 ]
 Namespace = Annotated[
     str | None, typer.Option("--namespace", metavar="NAME", help="What its queues' names begin with (events)")
+]
+ManagementUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--management",
+        metavar="URL",
+        help="The broker's management interface (EVENTBUS_MANAGEMENT_URL); without it port 15672 of the broker's host, "
+        "for amqps:// https and 15671. The login is the broker's, unless this URL has one.",
+    ),
 ]
 
 
@@ -109,6 +119,17 @@ async def connected(
         yield transport
     finally:
         await transport.close()
+
+
+def management(place: Place, url: str | None) -> Management:
+    """The management interface of *place*: *url*, what the environment says, or where it usually is.
+
+    Raises:
+        SetupError: that is no URL of one.
+    """
+    from eventbus.transport.rabbitmq.management import Management
+
+    return Management(place.url, url or place.settings.management_url)
 
 
 def complete(talk: Coroutine[Any, Any, T]) -> T:

@@ -38,6 +38,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         idempotency="memory://",
         declare="apply",
         max_message_bytes=None,
+        management_url=None,
         log=None,
         log_level="info",
     )
@@ -51,6 +52,7 @@ def test_every_setting_has_its_variable(setenv: Setenv) -> None:
         EVENTBUS_IDEMPOTENCY="redis://:p@host/0",
         EVENTBUS_DECLARE="Verify",
         EVENTBUS_MAX_MESSAGE_BYTES="1000",
+        EVENTBUS_MANAGEMENT_URL="http://u:p@host:15672/",
         EVENTBUS_LOG="JSON",
         EVENTBUS_LOG_LEVEL="DEBUG",
     )
@@ -62,10 +64,11 @@ def test_every_setting_has_its_variable(setenv: Setenv) -> None:
         "idempotency": "redis://:p@host/0",
         "declare": "verify",
         "max_message_bytes": 1000,
+        "management_url": "http://u:p@host:15672/",
         "log": "json",
         "log_level": "debug",
     }
-    assert len(Settings.model_fields) == 8
+    assert len(Settings.model_fields) == 9
 
 
 def test_the_environment_is_read_anew_each_time(setenv: Setenv) -> None:
