@@ -254,7 +254,7 @@ class Worker:
         settings = Settings.load()
         names = Names(self._namespace or settings.namespace)
         url = self._url or settings.url
-        store = self._store(self._idempotency or settings.idempotency, url or "")
+        store = self._store(self._idempotency or settings.idempotency)
         transport = from_url(url, max_message_bytes=settings.max_message_bytes)
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names)
@@ -265,6 +265,8 @@ class Worker:
             raise
         self._running = asyncio.get_running_loop().create_task(self._run(self._engine, transport))
         await self._started(self._running)
+        if isinstance(store, MemoryStore) and url is not None and url.startswith("amqp"):
+            log.warning("idempotency is memory://: duplicates are recognised within this process only")
         return self
 
     async def _started(self, running: asyncio.Task[None]) -> None:
@@ -336,11 +338,8 @@ class Worker:
             await asyncio.gather(consuming, asked, return_exceptions=True)
 
     @staticmethod
-    def _store(given: str | IdempotencyStore, url: str) -> IdempotencyStore:
-        store = store_from_url(given) if isinstance(given, str) else given
-        if isinstance(store, MemoryStore) and url.startswith("amqp"):
-            log.warning("idempotency is memory://: duplicates are recognised within this process only")
-        return store
+    def _store(given: str | IdempotencyStore) -> IdempotencyStore:
+        return store_from_url(given) if isinstance(given, str) else given
 
     def _describe(self) -> list[str]:
         """What runs, a line each, for people: the broker, each service, its handlers and their policies."""

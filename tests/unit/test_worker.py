@@ -419,6 +419,20 @@ async def test_the_memory_store_with_a_real_broker_is_warned_of_once(
     assert warnings == ["idempotency is memory://: duplicates are recognised within this process only"]
 
 
+async def test_a_start_that_fails_says_why_and_warns_of_nothing_else(
+    transport: FaultyTransport, caplog: pytest.LogCaptureFixture
+) -> None:
+    @asynccontextmanager
+    async def broken(_: Service[None]) -> AsyncIterator[None]:
+        raise OSError("no database")
+        yield
+
+    with pytest.raises(OSError, match="no database"):
+        await Worker(service("a", broken), url="amqp://somewhere/").__aenter__()
+
+    assert caplog.records == []
+
+
 async def test_the_memory_store_with_the_embedded_broker_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     async with Worker(service("a"), url=URL):
         pass
