@@ -117,6 +117,8 @@ class RetryLater(Exception):  # as above
     """Raised by a handler: try again after *delay*, whatever the retry policy says. It uses up an attempt."""
 
     def __init__(self, delay: timedelta, reason: str = "") -> None:
+        if not isinstance(delay, timedelta):
+            raise TypeError(f"RetryLater({delay!r}) is no timedelta: say RetryLater(timedelta(seconds=...))")
         super().__init__(reason or f"again in {delay}")
         if delay < timedelta(0):
             raise ValueError(f"RetryLater({delay!r}) lies in the past: give a delay of zero or more")

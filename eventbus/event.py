@@ -29,7 +29,7 @@ M = TypeVar("M", bound=BaseModel)
 _WORD = r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*"
 _NAME = re.compile(rf"{_WORD}(?:\.{_WORD})*")
 _VERSION_WORD = re.compile(r"v[0-9]+")
-_VERSION_SUFFIX = re.compile(r"(.+)_v([0-9]+)")
+_VERSION_SUFFIX = re.compile(r"(.+)_v_?([0-9]+)")  # to_snake makes `_v_2` of `OrderPlaced_v2`
 _TYPE = re.compile(r"(.+)\.v([1-9][0-9]{0,8})", re.DOTALL)
 # A routing key is 255 bytes at most, and a delayed event's holds 24 delay words and `publish.` in front of its type.
 LONGEST_TYPE = 190
@@ -75,7 +75,9 @@ class Event(BaseModel):
         if "[" in cls.__name__:
             return
         for taken in _OURS:
-            if taken in cls.__dict__:
+            # Annotated alone, pydantic would first warn of a field that shadows the parent's attribute.
+            annotated = cls.__dict__.get("__annotations__", ())  # noqa: RUF063  # to evaluate them now could fail
+            if taken in cls.__dict__ or taken in annotated:
                 _refuse_field(cls, taken)
         cls.event_name = _derived_name(cls) if name is None else _checked_name(cls, name)
         cls.event_version = _checked_version(cls, version)

@@ -192,10 +192,10 @@ class Service(Generic[S]):
         source: str | None = None,
     ) -> None:
         check_service_name(name)
-        if not 1 <= prefetch <= 65_535:
-            raise SetupError(f"service {name!r}: prefetch={prefetch} must be between 1 and 65535")
-        if concurrency < 1:
-            raise SetupError(f"service {name!r}: concurrency={concurrency} must be at least 1")
+        if not _is_whole(prefetch) or not 1 <= prefetch <= 65_535:
+            raise SetupError(f"service {name!r}: prefetch={prefetch!r} must be between 1 and 65535")
+        if not _is_whole(concurrency) or concurrency < 1:
+            raise SetupError(f"service {name!r}: concurrency={concurrency!r} must be at least 1")
         if problem := _timeout_problem(timeout) or _retry_problem(retry):
             raise SetupError(f"service {name!r}: {problem}")
         self._name = name
@@ -283,6 +283,8 @@ class Service(Generic[S]):
             mistakes += [f"{registration.where}: {self._name}.{handler}: {problem}" for problem in problems]
             if subscription is not None and not problems:
                 good.append(subscription)
+        if problem := _lifespan_problem(self.lifespan):
+            mistakes.append(f"service {self._name!r}: {problem}")
         if not self._registrations:
             mistakes.append(
                 f"service {self._name!r} subscribes to nothing: decorate a handler with @{self._name}.on(...)"
@@ -294,7 +296,7 @@ def check_service_name(name: str) -> None:
     """Raises:
     SetupError: *name* would collide with a name of the topology, or AMQP tools could not quote it.
     """
-    if not _SERVICE_NAME.fullmatch(name):
+    if not isinstance(name, str) or not _SERVICE_NAME.fullmatch(name):
         raise SetupError(
             f"{name!r} is no service name: use lower-case letters, digits, '_' and '-', a letter first, 100 at most"
         )
@@ -339,6 +341,30 @@ def _written(function: Callable[..., object]) -> Callable[..., object]:
     if inspect.ismethod(function):
         return _written(function.__func__)
     return function if inspect.isroutine(function) else type(function).__call__
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _lifespan_problem(lifespan: object) -> str | None:
+    """A generator without its decorator would be found out in the middle of the start."""
+    if lifespan is None or (callable(lifespan) and not _is_undecorated(lifespan)):
+        return None
+    code = getattr(lifespan, "__code__", None)
+    where = f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
+    return (
+        f"lifespan={getattr(lifespan, '__name__', repr(lifespan))}{where} is no function of the service that returns "
+        "an async context manager: decorate an `async def` that yields once with @contextlib.asynccontextmanager"
+    )
+
+
+def _is_undecorated(function: object) -> bool:
+    return (
+        inspect.isasyncgenfunction(function)
+        or inspect.isgeneratorfunction(function)
+        or inspect.iscoroutinefunction(function)
+    )
 
 
 def _retry_problem(retry: Retry) -> str | None:

@@ -153,6 +153,8 @@ class Harness:
 
     async def advance(self, by: timedelta) -> None:
         """Let *by* pass: what is due by then has been handled when this returns, in the order in which it was due."""
+        if by < timedelta(0):
+            raise ValueError(f"advance({by!r}) lies in the past: give a time of zero or more")
         until_s = self._clock.monotonic_s() + by.total_seconds()
         await self._quiet()
         while (due_s := self._clock.next_due_s()) is not None and due_s <= until_s:
@@ -183,6 +185,8 @@ class Harness:
 
     def dead_letters(self, service: Service[Any]) -> list[DeadLetter]:
         """What *service* has given up so far, oldest first."""
+        if service.name not in {known.name for known in self._services}:
+            raise SetupError(f"{service!r} is not run by this harness: give it to Harness(...)")
         letters = self._dead(service.name)
         self._seen.update(letter.id for letter in letters)
         return letters

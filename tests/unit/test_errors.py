@@ -87,6 +87,8 @@ def test_retry_later_says_when_and_why() -> None:
     assert str(RetryLater(timedelta(0), "busy")) == "busy"
     with pytest.raises(ValueError, match="past"):
         RetryLater(timedelta(seconds=-1))
+    with pytest.raises(TypeError, match=r"RetryLater\(5\) is no timedelta"):
+        RetryLater(5)  # type: ignore[arg-type]  # the mistake
 
 
 @pytest.mark.parametrize(

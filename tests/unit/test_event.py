@@ -81,6 +81,8 @@ def test_names_and_versions_are_not_inherited() -> None:
 def test_a_derived_name_that_looks_versioned_is_refused_with_what_to_say_instead() -> None:
     with pytest.raises(SetupError, match=r"say name='order_placed', version=2"):
         make("OrderPlacedV2")
+    with pytest.raises(SetupError, match=r"say name='order_placed', version=2"):
+        make("OrderPlaced_v2")
 
 
 @pytest.mark.parametrize("name", ["a", "order_placed", "shop.order_placed", "v1.placed", "a1_2.b", "order_placed_v2"])
@@ -154,6 +156,12 @@ def test_fields_with_the_names_of_the_events_own_are_refused(field: str) -> None
         make("X", body={field: "order_placed"})
     with pytest.raises(SetupError, match=f"'{field}' is taken"):
         make("X", annotations={field: str}, body={field: "with a default"})
+
+
+@pytest.mark.parametrize("field", ["event_name", "event_version", "event_type"])
+def test_they_are_refused_in_an_event_that_derives_from_another_too(field: str) -> None:
+    with pytest.raises(SetupError, match=f"'{field}' is taken"):
+        types.new_class("X", (OrderPlacedV2,), {}, lambda body: body.update(__annotations__={field: str}))
 
 
 class Credentials(BaseModel):

@@ -462,7 +462,9 @@ def test_a_policy_that_cannot_be_is_told_for_a_handler_and_for_a_service(options
     [
         ({"prefetch": 0}, "prefetch=0 must be between 1 and 65535"),
         ({"prefetch": 65_536}, "prefetch=65536 must be between 1 and 65535"),
+        ({"prefetch": "10"}, "prefetch='10' must be between 1 and 65535"),
         ({"concurrency": 0}, "concurrency=0 must be at least 1"),
+        ({"concurrency": 1.5}, "concurrency=1.5 must be at least 1"),
         ({"source": "has space"}, "source='has space' cannot be"),
         ({"source": ""}, "source='' cannot be"),
     ],
@@ -474,8 +476,29 @@ def test_a_service_with_a_value_that_cannot_be_is_refused(options: dict[str, Any
     assert problem in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["Shop", "", "dead", "delay", "due", "undeliverable", "a.b"])
-def test_a_service_name_that_cannot_be_is_refused(name: str) -> None:
+async def forgotten_decorator(service: Service[Any]) -> AsyncIterator[int]:
+    yield 1
+
+
+async def no_context_manager(service: Service[Any]) -> int:
+    return 1
+
+
+@pytest.mark.parametrize("lifespan", [forgotten_decorator, no_context_manager, 5])
+def test_a_lifespan_that_is_no_context_manager_is_told_with_the_other_mistakes(lifespan: Any) -> None:
+    shop = Service("shop", lifespan=lifespan)
+    shop.on("order_*")(envelope)
+
+    _, mistakes = shop.check()
+
+    assert "order_*" in mistakes[0]
+    assert mistakes[1].startswith("service 'shop': lifespan=")
+    assert "@contextlib.asynccontextmanager" in mistakes[1]
+    assert callable(lifespan) == (f"{__file__}:" in mistakes[1])
+
+
+@pytest.mark.parametrize("name", ["Shop", "", "dead", "delay", "due", "undeliverable", "a.b", 5, None])
+def test_a_service_name_that_cannot_be_is_refused(name: Any) -> None:
     with pytest.raises(SetupError, match="service name"):
         Service(name)
 

@@ -236,6 +236,24 @@ async def test_what_was_published_is_listed_by_class_and_version_each_event_once
         assert harness.published(CapturedV2) == [CapturedV2(order_id=1), CapturedV2(order_id=2)]
 
 
+async def test_time_does_not_go_back() -> None:
+    shop = service()
+    shop.on("placed")(capture)
+
+    async with Harness(shop) as harness:
+        with pytest.raises(ValueError, match="lies in the past"):
+            await harness.advance(timedelta(seconds=-1))
+
+
+async def test_dead_letters_are_asked_of_its_own_services_only() -> None:
+    shop = service()
+    shop.on("placed")(capture)
+
+    async with Harness(shop) as harness:
+        with pytest.raises(SetupError, match=r"Service\('stranger'\) is not run by this harness"):
+            harness.dead_letters(Service("stranger"))
+
+
 async def test_attempts_are_asked_of_handlers_only() -> None:
     shop = service()
     shop.on("placed")(capture)

@@ -614,10 +614,12 @@ def test_a_signal_while_the_broker_does_not_answer_ends_it(tmp_path: Path, hangs
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         url = f"amqp://127.0.0.1:{deaf.getsockname()[1]}/"
         program.write_text(textwrap.dedent(STARTING).replace("memory://", url))
-        with subprocess.Popen([sys.executable, program, "0", "0"], stdout=subprocess.PIPE, text=True) as process:
-            with deaf.accept()[0] as connection:
-                if hangs_up:  # the client sees its connection break and the cancellation at once
-                    connection.close()
-                process.terminate()
+        with (
+            subprocess.Popen([sys.executable, program, "0", "0"], stdout=subprocess.PIPE, text=True) as process,
+            deaf.accept()[0] as connection,
+        ):
+            if hangs_up:  # the client sees its connection break and the cancellation at once
+                connection.close()
+            process.terminate()
 
-                assert process.wait(10) == 0
+            assert process.wait(10) == 0
