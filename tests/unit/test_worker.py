@@ -423,9 +423,9 @@ async def test_a_start_that_fails_says_why_and_warns_of_nothing_else(
     transport: FaultyTransport, caplog: pytest.LogCaptureFixture
 ) -> None:
     @asynccontextmanager
-    async def broken(_: Service[None]) -> AsyncIterator[None]:
+    async def broken(_: Service[str]) -> AsyncIterator[str]:
         raise OSError("no database")
-        yield
+        yield ""
 
     with pytest.raises(OSError, match="no database"):
         await Worker(service("a", broken), url="amqp://somewhere/").__aenter__()
