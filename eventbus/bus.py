@@ -121,6 +121,16 @@ class Sender:
         """
         await self.retry(service, message, timedelta(0))
 
+    async def probe(self) -> str | None:
+        """Why the broker confirms no messages; None if it does. What is published for that reaches no queue."""
+        # Too short a key for any binding of the delay tree, which every worker must be able to publish to.
+        nowhere = Publication(self.names.delay_level(0), "probe", Message({}, b""))
+        try:
+            await self.transport.publish(nowhere, timeout_s=self._timeout_s)
+        except NotPublished as error:
+            return error.why
+        return None
+
     async def _copy(self, publication: Publication) -> None:
         if not await self.transport.publish(publication, timeout_s=self._timeout_s):
             # For an event no route is fine. A copy without one is a loss as soon as the original is acked.

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -36,6 +36,9 @@ log = logging.getLogger("eventbus.worker")
 
 DEFAULT_GRACE = timedelta(seconds=30)
 CALM_S = 60.0  # trouble that comes back within this is the same trouble
+
+# Asks somebody else whether all is well: None if so, else what is wrong. It may take its time.
+Probe = Callable[[], Awaitable[str | None]]
 
 
 def topology_of(names: Names, subscriptions: dict[str, tuple[Subscription, ...]]) -> Topology:
@@ -106,12 +109,32 @@ class Engine:
             raise
 
     def _sources(self) -> Iterator[Source]:
+        by_name = {consumer.service.name: consumer for consumer in self.consumers}
+        for name, queue in self._queues():
+            yield Source(queue, by_name[name].service.prefetch, by_name[name].deliver)
+
+    def _queues(self) -> Iterator[tuple[str, str]]:
+        """Each service's name with each queue that it consumes."""
         names = self._sender.names
         for consumer in self.consumers:
-            service = consumer.service
             # Two queues, so that neither fresh events nor retries wait behind the other.
-            for queue in (names.queue(service.name), names.retry_queue(service.name)):
-                yield Source(queue, service.prefetch, consumer.deliver)
+            yield consumer.service.name, names.queue(consumer.service.name)
+            yield consumer.service.name, names.retry_queue(consumer.service.name)
+
+    def problems(self) -> list[str]:
+        """What is known to keep these services from their work, a line each. Asked now and then, never waits."""
+        assert self._consumer is not None
+        missing, found = self._consumer.missing(), []
+        for name, queue in self._queues():
+            if queue in missing:
+                why = missing[queue] if self._troubled_by is None else f"consuming pauses: {self._troubled_by}"
+                found.append(f"{name}: queue {queue} is not consumed: {why}")
+        obstacle = self._sender.transport.obstacle()
+        return found if obstacle is None else [*found, f"publishing: {obstacle}"]
+
+    def probes(self) -> Mapping[str, Probe]:
+        """What only asking tells, by what it is about."""
+        return {"publishing": self._sender.probe, "idempotency store": self._probe_store}
 
     async def wait(self) -> None:
         """Until consuming ends; raises what it cannot recover from."""
@@ -197,19 +220,19 @@ class Engine:
     async def _until_better(self) -> None:
         for backoff_s in self._recovery_backoffs:
             await asyncio.sleep(backoff_s)
-            if await self._store_answers() and all(consumer.stuck == 0 for consumer in self.consumers):
+            if await self._probe_store() is None and all(consumer.stuck == 0 for consumer in self.consumers):
                 return
 
-    async def _store_answers(self) -> bool:
-        """Whether it takes claims: one that can only be read would not do."""
+    async def _probe_store(self) -> str | None:
+        """Why the store takes no claims (one that can only be read would not do); None if it does."""
         key = f"eventbus/is-the-store-there/{uuid4()}"
         try:
             claim = await self._store.claim(key, timedelta(seconds=1))
             if isinstance(claim, Mine):
                 await self._store.free(key, claim.token)
-        except StoreError:
-            return False
-        return True
+        except StoreError as error:
+            return f"it does not answer: {error}"
+        return None
 
 
 class Worker:
@@ -357,6 +380,28 @@ class Worker:
                 lines.append(f"  {s.handler:<20} {', '.join(s.patterns)} as {s.reads}; {s.retry}; {timeout}")
         lines.append(f"idempotency  {shown}")
         return lines
+
+
+def problems_of(worker: Worker) -> list[str]:
+    """What keeps *worker* from its work as far as it knows, a line each; none if it is ready. Never waits."""
+    engine, running = worker._engine, worker._running
+    if worker._fatal is not None:
+        return [f"the worker ends: {worker._fatal}"]
+    if worker._asked_to_stop.is_set():
+        return ["stopping: nothing more is taken, handlers at work may finish"]
+    if engine is None or running is None:
+        return ["starting: no broker has answered yet"]
+    if running.done():
+        return ["the worker has ended"]
+    if not worker._has_started.is_set():
+        return ["starting: lifespans are entered, then the queues are consumed"]
+    return engine.problems()
+
+
+def probes_of(worker: Worker) -> Mapping[str, Probe]:
+    """What *worker* can only know by asking others, by what it is about; nothing while it does not run."""
+    runs = worker._has_started.is_set() and not worker._asked_to_stop.is_set() and worker._fatal is None
+    return worker._engine.probes() if runs and worker._engine is not None else {}
 
 
 async def serve(worker: Worker, announce: Callable[[str], None]) -> None:

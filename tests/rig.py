@@ -6,7 +6,7 @@ The harness with faults: everything is real but the moment of the failure.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any
@@ -71,6 +71,9 @@ class FaultyConsumer:
             raise self.fails_to_resume
         await self.inner.resume()
 
+    def missing(self) -> Mapping[str, str]:
+        return self.inner.missing()
+
     async def wait(self) -> None:
         ending = asyncio.ensure_future(self.inner.wait())
         try:
@@ -106,6 +109,9 @@ class FaultyTransport:
             return False
         self.published.append(publication)
         return await self.inner.publish(publication, timeout_s=timeout_s)
+
+    def obstacle(self) -> str | None:
+        return self.inner.obstacle()
 
     def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> FaultyConsumer:
         self.consumers.append(FaultyConsumer(self.inner.consumer(sources, topology, declare)))

@@ -46,6 +46,8 @@ class ConsoleFormatter(logging.Formatter):
         line = f"{self._paint('2', time)} {level} {record.name}  {printable(record.getMessage())}{extras}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
+        if record.stack_info:
+            line += "\n" + self.formatStack(record.stack_info)
         return line
 
     def _paint(self, code: str, text: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from eventbus.cli import output
 from eventbus.cli.connection import Namespace, Url, broker_url, read_settings
+
+if TYPE_CHECKING:
+    from eventbus.worker import Worker
 
 Services = Annotated[
     list[str],
@@ -27,6 +30,10 @@ def run(
     grace: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="How long handlers at work may go on after a stop.")
     ] = 30,
+    health: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Answer /live and /ready over HTTP there, for example 127.0.0.1:8081"),
+    ] = None,
     reload: Annotated[
         bool, typer.Option("--reload", help="Start again when a Python file of the working directory changes.")
     ] = False,
@@ -45,6 +52,7 @@ def run(
     """
     settings = read_settings()
     url = broker_url(url, settings)
+    address = None if health is None else _host_and_port(health)
     if reload:
         from eventbus.cli.reload import run_and_reload
 
@@ -55,10 +63,31 @@ def run(
 
     from eventbus.cli import load, logs
     from eventbus.telemetry import install_sdk
-    from eventbus.worker import Worker, serve
+    from eventbus.worker import Worker
 
     logs.configure(log or settings.log, log_level or settings.log_level)
     loaded = load.services(services)
     install_sdk(",".join(service.name for service in loaded))  # before the worker, which asks for its tracer
     worker = Worker(*loaded, url=url, namespace=namespace, idempotency=idempotency, grace=timedelta(seconds=grace))
-    asyncio.run(serve(worker, output.say))
+    asyncio.run(_serve(worker, address))
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise output.WrongUsage(f"--health {text!r} is no HOST:PORT: give one like 127.0.0.1:8081")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+async def _serve(worker: Worker, address: tuple[str, int] | None) -> None:
+    from contextlib import AsyncExitStack
+
+    from eventbus import health
+    from eventbus.worker import serve
+
+    async with AsyncExitStack() as around:
+        watchdog = around.enter_context(health.Watchdog())
+        if address is not None:
+            url = await around.enter_async_context(health.served(worker, watchdog, *address))
+            output.say(f"health   {url}/live and /ready")
+        await serve(worker, output.say)

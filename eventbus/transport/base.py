@@ -10,7 +10,7 @@ adapter (`tests/contract/test_transport.py`):
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -20,6 +20,8 @@ from eventbus.topology import Topology
 
 Declare = Literal["apply", "verify", "never"]
 CONNECT_TIMEOUT_S = 15.0
+# Longer than a session that dies at once takes to be built again, and than whoever watches looks away.
+STEADY_S = 5.0
 
 
 class NotPublished(Exception):  # the port's own signal; the bus turns it into a PublishError with the envelope
@@ -113,6 +115,12 @@ class Consumer(Protocol):
     async def resume(self) -> None:
         """Consume again, carefully at first."""
 
+    def missing(self) -> Mapping[str, str]:
+        """The queues that should be consumed now and are not, each with why. Asked now and then, never waits.
+
+        One that was lost is missing until it has been consumed again for `STEADY_S`: it may be lost at once.
+        """
+
     async def wait(self) -> None:
         """Return when stopped; raise what cannot be recovered from."""
 
@@ -141,6 +149,12 @@ class Transport(Protocol):
         Raises:
             NotPublished: not confirmed within *timeout_s*.
             Unpublishable: it never can be; nothing was sent.
+        """
+
+    def obstacle(self) -> str | None:
+        """What is known to stand in the way of publishing; None if nothing is. Asked now and then, never waits.
+
+        A broker under an alarm tells it only to who publishes.
         """
 
     def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> Consumer:

@@ -18,7 +18,7 @@ import importlib.metadata
 import re
 import struct
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -154,6 +154,12 @@ class MemoryTransport:
         await asyncio.sleep(0)
         return bool(queues)
 
+    def obstacle(self) -> str | None:
+        broker = self._broker
+        if broker is None:
+            return "the transport is closed, or was never opened"
+        return None if broker.has_room_for(1) else _full(broker)
+
     def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> MemoryConsumer:
         return MemoryConsumer(self._find, sources, topology, declare)
 
@@ -247,13 +253,16 @@ class _Waits:
         left_s = self._began_s + self._timeout_s - now_s
         if left_s <= 0:
             raise NotPublished(
-                f"the embedded broker is full ({broker.size} messages, max_messages={broker.max_messages}) and had "
-                f"no room within {self._timeout_s:g} s: consume faster, or raise it in the URL",
+                f"{_full(broker)} and had no room within {self._timeout_s:g} s: consume faster, or raise it in the URL",
                 maybe_stored=False,
                 timed_out=True,
             )
         await asyncio.sleep(min(self._next_s, left_s))
         self._next_s = min(self._next_s * 2, _LONGEST_WAIT_S)
+
+
+def _full(broker: MemoryBroker) -> str:
+    return f"the embedded broker is full ({broker.size} messages, max_messages={broker.max_messages})"
 
 
 class MemoryConsumer:
@@ -293,6 +302,14 @@ class MemoryConsumer:
     async def resume(self) -> None:
         if self._broker is not None and not self._session and not self._has_stopped.is_set():
             self._begin_session(self._broker)
+
+    def missing(self) -> Mapping[str, str]:
+        if self._has_stopped.is_set():
+            why = "consuming was stopped"
+        else:
+            why = "consuming pauses" if self._broker is not None else "consuming has not started"
+        consumed = {consumer.queue.name for consumer in self._session if consumer.is_consuming}
+        return {source.queue: why for source in self._sources if source.queue not in consumed}
 
     async def wait(self) -> None:
         await self._has_stopped.wait()

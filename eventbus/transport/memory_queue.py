@@ -143,6 +143,11 @@ class QueueConsumer:
         self._deliver = deliver
 
     @property
+    def is_consuming(self) -> bool:
+        """Whether its queue hands it what comes."""
+        return self in self.queue.consumers
+
+    @property
     def has_room(self) -> bool:
         return len(self.unsettled) < self.prefetch
 

@@ -67,6 +67,9 @@ class RabbitMQ:
             raise NotPublished("the transport was never opened", maybe_stored=False)
         return await self._publisher.publish(publication, timeout_s=timeout_s)
 
+    def obstacle(self) -> str | None:
+        return "the transport was never opened" if self._publisher is None else self._publisher.obstacle()
+
     def consumer(self, sources: Sequence[Source], topology: Topology, declare: Declare) -> RabbitConsumer:
         purpose = "consuming " + ", ".join(source.queue for source in sources)
 

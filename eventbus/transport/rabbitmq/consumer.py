@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import aiormq
 
-from eventbus.errors import SetupError
-from eventbus.transport.base import Source
+from eventbus.errors import SetupError, TransportError
+from eventbus.transport.base import STEADY_S, Source
 from eventbus.transport.rabbitmq.acks import AckBatch
 from eventbus.transport.rabbitmq.channels import ConsumingChannel, Incoming
 from eventbus.transport.rabbitmq.delivery import RabbitDelivery
@@ -167,6 +167,13 @@ class _Consuming:
     feeds: Sequence[_Feed]
     tasks: Sequence[asyncio.Task[None]]
 
+    def missing(self) -> Mapping[str, str]:
+        """The queues that it does not consume, each with why."""
+        if not self.session.is_live:
+            return {feed.queue: f"the connection was lost ({self.session.reason})" for feed in self.feeds}
+        ended = [feed for feed, task in zip(self.feeds, self.tasks, strict=True) if task.done()]
+        return {feed.queue: "its task has ended on a live connection" for feed in ended}
+
     async def close(self) -> None:
         """Tell what is settled, give back the rest, hang up. Harmless the second time."""
         for feed in self.feeds:
@@ -191,6 +198,7 @@ class RabbitConsumer:
         self._is_over = asyncio.Event()
         self._failure: SetupError | None = None
         self._is_careful = False
+        self._trouble: str | None = None  # what ended the last session, or kept the next one from beginning
 
     async def start(self) -> None:
         self._consuming = await first(self._consume, self._address)
@@ -205,10 +213,25 @@ class RabbitConsumer:
     async def pause(self) -> None:
         await self._end_keeping()
         await self._hang_up()
+        self._trouble = "consuming pauses"
 
     async def resume(self) -> None:
         if self._task is None and not self._is_over.is_set():
             self._task = asyncio.create_task(self._keep(), name="eventbus consuming")
+
+    def missing(self) -> Mapping[str, str]:
+        consuming = self._consuming
+        if self._is_over.is_set():
+            return self._all_missing(str(self._failure or "consuming was stopped"))
+        if consuming is None:
+            return self._all_missing(self._trouble or "consuming has not started")
+        steady_s = asyncio.get_running_loop().time() - consuming.session.began_s
+        if consuming.session.is_live and self._trouble is not None and steady_s < STEADY_S:
+            return self._all_missing(f"consumed again for {steady_s:.1f} s only, after: {self._trouble}")
+        return consuming.missing()
+
+    def _all_missing(self, why: str) -> Mapping[str, str]:
+        return {source.queue: why for source in self._sources}
 
     async def wait(self) -> None:
         await self._is_over.wait()
@@ -243,7 +266,7 @@ class RabbitConsumer:
                     await self._until_lost(self._consuming.session)
                     backoff.after(self._consuming.session)
                     await self._hang_up()
-                self._consuming = await rebuild(self._consume, _give_up, backoff)
+                self._consuming = await rebuild(self._consume_again, _give_up, backoff)
                 log.info("consuming: connected again", extra=self._facts())
         except SetupError as error:
             log.error("consuming: cannot go on", extra=self._facts(why=str(error)))
@@ -252,9 +275,17 @@ class RabbitConsumer:
 
     async def _until_lost(self, session: Session) -> None:
         await session.ended.wait()
+        self._trouble = f"the connection was lost ({session.reason})"
         log.warning("consuming: connection lost", extra=self._facts(why=str(session.reason)))
         # A message with headers that the client cannot read ends the connection, and it comes again.
         self._is_careful = self._is_careful or isinstance(session.reason, aiormq.InvalidFrameError)
+
+    async def _consume_again(self) -> _Consuming:
+        try:
+            return await self._consume()
+        except (SetupError, TransportError, Lost) as error:
+            self._trouble = str(error)
+            raise
 
     async def _consume(self) -> _Consuming:
         """A session that consumes every queue."""

@@ -77,6 +77,19 @@ class Publisher:
         if self._session is not None:
             await self._session.close()
 
+    def obstacle(self) -> str | None:
+        """As `Transport.obstacle` promises."""
+        session = self._session
+        if self.is_closed or session is None:
+            return "the transport is closed"
+        if self._refused is not None:
+            return str(self._refused)
+        if not session.is_live:
+            return f"no connection to the broker ({session.reason})"
+        if session.is_blocked:
+            return "the broker takes nothing in and has blocked the connection: it is under a memory or disk alarm"
+        return None
+
     # ── one message ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def publish(self, publication: Publication, *, timeout_s: float) -> bool:

@@ -121,6 +121,17 @@ class Session:
         assert isinstance(channel, aiormq.Channel)
         return channel
 
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the broker has said that it takes no more messages on this connection: it is under an alarm."""
+        unblocked = self._underlay.ready()  # the client shows it in no other public way
+        try:
+            unblocked.send(None)
+        except StopIteration:
+            return False
+        unblocked.close()
+        return True
+
     def release(self, channel: aiormq.Channel) -> None:
         """From now on *channel* may end alone."""
         self._watched.discard(channel)
