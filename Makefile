@@ -1,7 +1,7 @@
 # `make` alone says what there is. Every target sets up what it needs, in .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check broker shop clean
+.PHONY: help setup demo test test-all ledger check broker shop clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,10 @@ test: $(VENV)/.dev  ## all tests, against a real RabbitMQ that they get themselv
 
 test-all: $(VENV)/.dev  ## the same on every broker line that this machine has: 3.10 native, 4.0 and 4.3 in containers
 	@$(BIN)/python -m pytest --all-lines $(ARGS)
+
+ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL=... BROKER=3.10|4.0|4.3 EVENTS=...
+	@$(BIN)/python -m tests.faults.ledger $(if $(CELL),--cell $(CELL)) $(if $(BROKER),--broker $(BROKER)) \
+		$(if $(EVENTS),--events $(EVENTS))
 
 check: $(VENV)/.dev  ## format, lint, types, the direction of imports
 	$(BIN)/ruff format --check .

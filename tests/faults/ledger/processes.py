@@ -1,0 +1,92 @@
+"""The programs of a cell as processes, and somebody who starts anew what has died, as a container engine would."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ANSWER_S = 60.0
+LOOK_AGAIN_S = 0.1
+
+
+@dataclass(eq=False)
+class Program:
+    """One program, life after life. It ends for good when it has ended with 0, or was stopped."""
+
+    module: str
+    arguments: Sequence[str]
+    log: Path
+    lives: int = 0
+    is_wanted: bool = True
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        self.lives += 1
+        self.is_wanted = True
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("EVENTBUS_")}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", self.module, *self.arguments],
+                env=ours | {"EVENTBUS_LOG": "console", "EVENTBUS_LOG_LEVEL": "info"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                bufsize=0,
+            )
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has done all that it had to do."""
+        return self.process.poll() == 0
+
+    def kill(self) -> None:
+        """SIGKILL; whoever looks after it starts it anew."""
+        self.process.kill()
+        self.process.wait(ANSWER_S)
+
+    async def stop(self) -> None:
+        """SIGTERM, and wait until it has ended; it is not started anew."""
+        self.is_wanted = False
+        self.process.terminate()
+        await asyncio.to_thread(self.process.wait, ANSWER_S)
+        self._close()
+
+    async def ask(self, line: str, answer: str | None = None) -> None:
+        """Write *line* to its standard input, and wait for *answer*."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{line}\n".encode())
+        if answer is not None:
+            async with asyncio.timeout(ANSWER_S):
+                said = await asyncio.to_thread(self.process.stdout.readline)
+            assert said == f"{answer}\n".encode(), said
+
+    def discard(self) -> None:
+        """End it, whatever it is doing."""
+        self.is_wanted = False
+        self.kill()
+        self._close()
+
+    def _close(self) -> None:
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+async def look_after(programs: Sequence[Program]) -> None:
+    """Start each program anew that has died; never ends."""
+    while True:
+        for program in programs:
+            if program.is_wanted and not program.is_running and not program.has_ended:
+                program._close()
+                program.start()
+        await asyncio.sleep(LOOK_AGAIN_S)
