@@ -255,9 +255,10 @@ class Node:
     def kill(self) -> None:
         if self._process is None or self._leash is None:
             return
-        self._leash.drop()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
+        # Not before: whoever is interrupted in between still has it on the leash.
+        self._leash.drop()
         self._process.wait(timeout=CTL_S)
         self._process = self._leash = None
 

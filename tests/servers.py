@@ -393,6 +393,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return 0
     finally:
+        # The end takes a while, and impatience must not leave a broker behind that nobody knows of.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         if options.write:
             options.write.unlink(missing_ok=True)
         brokers.close()

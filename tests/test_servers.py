@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pika
 import pika.exceptions
@@ -114,6 +114,24 @@ def test_a_broker_ends_with_its_program_even_if_that_is_killed(line: str) -> Non
 
     assert done.returncode == -signal.SIGKILL, done.stderr
     wait_until(lambda: ask_version(done.stdout.strip()) is None)
+
+
+@pytest.mark.parametrize("line", KINDS.values(), ids=KINDS)
+def test_a_broker_of_ones_own_ends_in_order_however_often_its_program_is_told_to(line: str) -> None:
+    command = [sys.executable, "-m", "tests.servers", "--line", line]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        program.stdout.readline()
+        url = program.stdout.readline().strip().removeprefix("EVENTBUS_URL=")
+        deadline = time.monotonic() + 60
+        while program.poll() is None and time.monotonic() < deadline:
+            program.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                program.wait(0.2)
+
+        assert (program.returncode, program.stderr.read()) == (0, "")
+    assert ask_version(url) is None
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
