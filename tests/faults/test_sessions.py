@@ -16,7 +16,7 @@ from eventbus.errors import SetupError, TopologyConflict, TransportError
 from eventbus.message import Message
 from eventbus.topology import Binding, Exchange, Names, Queue, Topology, merge, of_service, quorum, shared
 from eventbus.transport.base import Declare, Delivery, NotPublished, Publication, Source, Unpublishable
-from eventbus.transport.rabbitmq import RabbitMQ, session
+from eventbus.transport.rabbitmq import RabbitMQ, publisher, session
 from eventbus.transport.rabbitmq.consumer import RabbitConsumer
 from tests.servers import BrokerServer, vhost_of, with_login
 
@@ -212,6 +212,26 @@ async def test_a_delivery_whose_ack_comes_too_late_is_delivered_again(own_broker
 
     assert not taken.deliveries[0].is_live
     assert taken.deliveries[1].count >= 1
+
+
+async def test_a_publish_goes_on_once_the_policy_that_bounded_its_queue_is_lifted(
+    every_line: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels that were refused are not told by every line: a fresh one is asked."""
+    monkeypatch.setattr(publisher, "REFUSED_S", 1.0)
+    url = every_line.new_vhost()
+    policy = f"/policies/{vhost_of(url)}/small"
+    bounds = {"pattern": "^work$", "definition": {"max-length": 1, "overflow": "reject-publish"}, "apply-to": "queues"}
+
+    async with opened(url, small(**{"x-overflow": "reject-publish"})) as transport:
+        await asyncio.to_thread(every_line.api, "PUT", policy, bounds)
+        fill = (transport.publish(fact("fills it"), timeout_s=0.5) for _ in range(10))
+        await asyncio.gather(*fill, return_exceptions=True)
+        with pytest.raises(NotPublished, match="a queue refuses it"):
+            await transport.publish(fact("too many"), timeout_s=0.5)
+        await asyncio.to_thread(every_line.api, "DELETE", policy)
+
+        assert await transport.publish(fact("in the end"), timeout_s=TIMEOUT_S)
 
 
 async def test_an_exchange_that_was_deleted_is_declared_again(every_line: BrokerServer) -> None:

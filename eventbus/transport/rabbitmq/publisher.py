@@ -22,6 +22,9 @@ from eventbus.transport.rabbitmq.channels import Encoded, Nacked, PublishingChan
 from eventbus.transport.rabbitmq.refusals import Address
 from eventbus.transport.rabbitmq.session import Backoff, Lost, Session, first, log, rebuild
 
+# A channel whose publishes a queue refused is told when there is room again, but not when the policy that bounded the
+# queue is lifted (quorum queues on 3.10; found by the ledger): it would be refused for ever. A fresh one is not.
+REFUSED_S: Final = 15.0
 TOO_LARGE: Final = re.compile(r"message size \d+ is larger than .*?(\d+)$")
 
 
@@ -115,6 +118,9 @@ class Publisher:
 
     async def _until_confirmed(self, encoded: Encoded, progress: _Progress) -> bool:
         backoff = Backoff()
+        loop = asyncio.get_running_loop()
+        refused_by: Session | None = None
+        refused_s = 0.0
         while True:
             session, channel = await self._next_session(progress)
             try:
@@ -124,6 +130,10 @@ class Publisher:
             except Nacked:
                 # Another queue may have stored it: a nack says only that one did not.
                 progress.trouble = "a queue refuses it (it is full, or lost its majority)"
+                if refused_by is not session:
+                    refused_by, refused_s = session, loop.time()
+                elif loop.time() - refused_s > REFUSED_S:
+                    session.fail(Nacked(f"a queue has refused publishes for {REFUSED_S:g} s"))
                 await asyncio.sleep(backoff.next_s())
             except Lost as lost:
                 progress.trouble = f"the connection was lost ({lost})"
