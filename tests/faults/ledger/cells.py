@@ -86,7 +86,7 @@ def _cells() -> tuple[Cell, ...]:
         Cell("handler-blocks", "a handler blocks the event loop for 20 s, five heartbeats", faults.special_events,
              kind="blocks", every=1000, heartbeat_s=beats),
         Cell("handler-publishes-and-exits", "handlers publish, and exit the interpreter", faults.special_events,
-             kind="publishes-and-exits", every=200),
+             services=("payments",), kind="publishes-and-exits", every=200),
         Cell("poison", "one event kills its worker each time, among 500", faults.special_events, events=500,
              kind="poison", every=500, dead_letters=1, worker_options=SOON),
     )  # fmt: skip
