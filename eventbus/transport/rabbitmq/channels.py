@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -214,6 +214,12 @@ class ConsumingChannel:
                     await self._channel.basic_ack(settlement.tag, multiple=settlement.is_multiple, wait=False)
                 else:
                     await self._channel.basic_reject(settlement.tag, requeue=False, wait=False)
+
+    async def give_back(self, tags: Iterable[int]) -> None:
+        """Let the broker put these back, in this order."""
+        async with Calling(self._session, self._channel):
+            for tag in tags:
+                await self._channel.basic_nack(tag, requeue=True, wait=False)
 
     async def close(self) -> None:
         """Return once the broker has seen everything; what is unsettled goes back. The session lives on."""

@@ -30,20 +30,26 @@ class _Look:
         self.queue = queue
         self._channel = channel
         self._batch = AckBatch()
+        self._held: dict[int, None] = {}  # tags of what was got and is not settled; ordered
         self._arrived: deque[RabbitDelivery] = deque()
         self._has_news = asyncio.Event()
         session.when_ended(self._has_news.set)
 
     def ack(self, delivery: RabbitDelivery) -> None:
+        self._held.pop(delivery.tag, None)
         self._batch.ack(delivery.tag)
 
     def reject(self, delivery: RabbitDelivery) -> None:
+        self._held.pop(delivery.tag, None)
         self._batch.reject(delivery.tag)
 
     async def next_in_queue(self) -> RabbitDelivery | None:
         await self._channel.settle(self._batch.take())
         incoming = await self._channel.get(self.queue)
-        return RabbitDelivery(self, incoming) if incoming else None
+        if incoming is None:
+            return None
+        self._held[incoming.tag] = None
+        return RabbitDelivery(self, incoming)
 
     async def consume(self) -> None:
         await self._channel.consume(self.queue, PREFETCH, self._on_arrival)
@@ -67,6 +73,8 @@ class _Look:
         """Tell what was settled, give back the rest."""
         with contextlib.suppress(Lost):
             await self._channel.settle(self._batch.take())
+            # One by one, oldest first: what a closed channel gives back, the broker puts back in any order.
+            await self._channel.give_back(self._held)
             await self._channel.close()
 
 
