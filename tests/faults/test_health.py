@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from eventbus.message import Message
+from eventbus.topology import Queue, Topology, quorum
+from eventbus.transport.base import Delivery, Publication, Source
+from eventbus.transport.rabbitmq import RabbitMQ
+from eventbus.transport.rabbitmq.acks import Settlement
+from eventbus.transport.rabbitmq.channels import ConsumingChannel
 from tests.programs import Program, eventbus, running
 from tests.servers import BrokerServer, vhost_of
 
@@ -212,6 +219,63 @@ def test_a_broker_that_is_away_is_red_for_consuming_and_publishing(
             broker.start()
         worker.is_green()
         worker.still_works()
+
+
+async def test_a_consumer_that_is_gone_on_a_live_connection_is_missing(rabbitmq_url: str) -> None:
+    topology = Topology((), (Queue("a", quorum()), Queue("b", quorum())))
+    sources = [Source(queue.name, 10, lambda delivery: delivery.ack()) for queue in topology.queues]
+    consumer = RabbitMQ(rabbitmq_url).consumer(sources, topology, "apply")
+    assert set(consumer.missing()) == {"a", "b"}
+    await consumer.start()
+    try:
+        assert consumer.missing() == {}
+        [feed] = [task for task in asyncio.all_tasks() if task.get_name() == "eventbus feed a"]
+        feed.cancel()
+        await asyncio.gather(feed, return_exceptions=True)
+        assert consumer.missing() == {"a": "its task has ended on a live connection"}
+        await consumer.pause()
+        assert consumer.missing() == {"a": "consuming pauses", "b": "consuming pauses"}
+    finally:
+        await consumer.close()
+    assert consumer.missing() == {"a": "consuming was stopped", "b": "consuming was stopped"}
+
+
+async def test_a_queue_that_a_bug_left_unserved_is_missing_and_served_again(
+    rabbitmq_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Delivery] = []
+    seen: list[str] = []
+    settle = ConsumingChannel.settle
+
+    async def broken_once(self: ConsumingChannel, batch: Sequence[Settlement]) -> None:
+        if batch and len(taken) == 1:
+            raise ZeroDivisionError("a bug")
+        await settle(self, batch)
+
+    def take(delivery: Delivery) -> None:
+        taken.append(delivery)
+        delivery.ack()
+
+    monkeypatch.setattr(ConsumingChannel, "settle", broken_once)
+    topology = Topology((), (Queue("a", quorum(delivery_limit=10)),))
+    transport = RabbitMQ(rabbitmq_url)
+    await transport.open(topology, "apply")
+    consumer = transport.consumer([Source("a", 10, take)], topology, "apply")
+    await consumer.start()
+    try:
+        assert await transport.publish(Publication("", "a", Message({}, b"")), timeout_s=RED_S)
+        async with asyncio.timeout(RED_S):
+            while len(taken) < 2 or not consumer.missing():
+                seen += consumer.missing().values()
+                await asyncio.sleep(LOOK_AGAIN_S)
+            while consumer.missing():
+                seen += consumer.missing().values()
+                await asyncio.sleep(LOOK_AGAIN_S)
+    finally:
+        await consumer.close()
+        await transport.close()
+    assert "the connection was lost (a bug)" in seen
+    assert seen[-1].endswith("only, after: the connection was lost (a bug)")
 
 
 # ── publishing ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -131,6 +131,9 @@ class _Feed:
             await self._close_channel()
         except Lost as lost:
             self.session.fail(lost.reason)
+        except Exception as error:  # noqa: BLE001  # a bug of ours: it must not be a consumer for whom nobody settles
+            log.exception("a queue was not served to the end", extra={"queue": self.queue})
+            self.session.fail(error)
         finally:
             self._has_stopped.set()
 
