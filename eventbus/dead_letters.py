@@ -6,8 +6,6 @@ dead letter and its replay, whose event is recognised as a duplicate if the firs
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,16 +13,12 @@ from types import TracebackType
 from typing import Self, get_args
 
 from eventbus import message as header
-from eventbus.bus import Sender, open_or_close
 from eventbus.delivery import Reason
-from eventbus.envelope import Envelope, decode
-from eventbus.errors import EnvelopeError, SetupError, TransportError
+from eventbus.desk import Desk, envelope_of, id_of
+from eventbus.envelope import Envelope
 from eventbus.message import Message
 from eventbus.service import check_service_name
-from eventbus.settings import Settings
-from eventbus.topology import Names
-from eventbus.transport import from_url
-from eventbus.transport.base import NotPublished
+from eventbus.transport.base import Delivery
 
 __all__ = ["DeadLetter", "DeadLetters", "Reason"]
 
@@ -66,8 +60,7 @@ class DeadLetters:
     def __init__(self, service: str, *, url: str | None = None, namespace: str | None = None) -> None:
         check_service_name(service)
         self._service = service
-        self._url, self._namespace = url, namespace
-        self._sender: Sender | None = None
+        self._desk = Desk("DeadLetters", url, namespace)
 
     async def __aenter__(self) -> Self:
         """Connect, within 15 s.
@@ -75,24 +68,15 @@ class DeadLetters:
         Raises:
             SetupError: it cannot work. TransportError: nobody answered.
         """
-        settings = Settings.load()
-        names = Names(self._namespace or settings.namespace)
-        transport = from_url(self._url or settings.url, max_message_bytes=settings.max_message_bytes)
-        await open_or_close(transport, names, settings)
-        self._sender = Sender(transport, names)
+        await self._desk.open()
         return self
 
     async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        sender, self._sender = self._sender, None
-        if sender is not None:
-            await sender.transport.close()
+        await self._desk.close()
 
     async def __aiter__(self) -> AsyncIterator[DeadLetter]:
         """Each dead letter that is there now, oldest first; all stay where they are."""
-        sender = self._connected()
-        async with sender.transport.browse(sender.names.dead_queue(self._service)) as deliveries:
-            letters = [read(delivery.message, self._service) async for delivery in deliveries]
-        for letter in letters:
+        for letter in await self._desk.look(self._queue(), self._read):
             yield letter
 
     async def replay(self, which: Callable[[DeadLetter], bool] = lambda _: True) -> int:
@@ -104,28 +88,17 @@ class DeadLetters:
         Raises:
             TransportError: one was not confirmed; it and those behind it stay dead letters.
         """
-        sender = self._connected()
-        async with sender.transport.browse(sender.names.dead_queue(self._service)) as deliveries:
-            # All are picked before the first is published: what a replay gives up again comes back to this very queue.
-            picked = [
-                (delivery, dead)
-                async for delivery in deliveries
-                if which(dead := read(delivery.message, self._service))
-            ]
-            for replayed, (delivery, dead) in enumerate(picked):
-                try:
-                    await sender.replay(self._service, _fresh(delivery.message, dead))
-                except NotPublished as error:
-                    raise TransportError(
-                        f"dead letter {dead.id} could not be replayed ({error.why}); {replayed} were"
-                    ) from error
-                delivery.ack()
-        return len(picked)
+        return await self._desk.replay(self._queue(), self._read, which, self._publish)
 
-    def _connected(self) -> Sender:
-        if self._sender is None:
-            raise SetupError("the desk is not open: use it inside `async with DeadLetters(...) as dead:`")
-        return self._sender
+    def _queue(self) -> str:
+        return self._desk.sender.names.dead_queue(self._service)
+
+    def _read(self, delivery: Delivery) -> DeadLetter:
+        return read(delivery.message, self._service)
+
+    async def _publish(self, letter: DeadLetter, message: Message) -> bool:
+        await self._desk.sender.replay(self._service, _fresh(message, letter))
+        return True
 
 
 def _fresh(message: Message, dead: DeadLetter) -> Message:
@@ -141,15 +114,17 @@ def _fresh(message: Message, dead: DeadLetter) -> Message:
 def read(message: Message, service: str) -> DeadLetter:
     """A message of a dead queue as what it is. Never fails: whatever is there can be looked at."""
     headers = dict(message.headers)
-    death = _death(headers)
+    death = death_of(headers)
     reason, error = _BROKERS_REASONS.get(str(death.get("reason")), ("rejected", "moved here by the broker"))
     if headers.get(header.REASON) in get_args(Reason):
         reason, error = headers[header.REASON], str(headers.get(header.ERROR, ""))  # type: ignore[assignment]  # checked
     handler, attempts = headers.get(header.HANDLER), headers.get(header.ATTEMPT)
-    first_failed = _time(headers.get(header.FIRST_FAILED)) or _time(death.get("time")) or datetime.fromtimestamp(0, UTC)
+    first_failed = (
+        time_of(headers.get(header.FIRST_FAILED)) or time_of(death.get("time")) or datetime.fromtimestamp(0, UTC)
+    )
     return DeadLetter(
-        id=_id(message),
-        envelope=_envelope(message, first_failed),
+        id=id_of(message),
+        envelope=envelope_of(message, first_failed),
         body=message.body,
         headers=headers,
         service=service,
@@ -162,31 +137,18 @@ def read(message: Message, service: str) -> DeadLetter:
     )
 
 
-def _death(headers: Mapping[str, object]) -> Mapping[str, object]:
+def death_of(headers: Mapping[str, object]) -> Mapping[str, object]:
+    """The broker's note of why it moved the message last; empty if it never did."""
     deaths = headers.get("x-death")
     newest = deaths[0] if isinstance(deaths, list) and deaths else None
     return newest if isinstance(newest, Mapping) else {}
 
 
-def _time(value: object) -> datetime | None:
+def time_of(value: object) -> datetime | None:
+    """*value* as a time, whoever wrote it, if it is one."""
     if isinstance(value, datetime):
         return value if value.tzinfo else value.replace(tzinfo=UTC)
     try:
-        return _time(datetime.fromisoformat(value)) if isinstance(value, str) else None
+        return time_of(datetime.fromisoformat(value)) if isinstance(value, str) else None
     except ValueError:
         return None
-
-
-def _envelope(message: Message, received: datetime) -> Envelope | None:
-    try:
-        return decode(message, received=received)
-    except EnvelopeError:
-        return None
-
-
-def _id(message: Message) -> str:
-    """The same each time it is looked at: not of the broker's counters, which looking changes."""
-    lasting = {name: repr(value) for name, value in message.headers.items() if not name.endswith("-count")}
-    digest = hashlib.sha256(json.dumps(lasting, sort_keys=True).encode(errors="replace"))
-    digest.update(message.body)
-    return digest.hexdigest()[:12]

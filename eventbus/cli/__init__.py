@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from eventbus.cli import dead, demo, output, publish, run, tail, topology, version
+from eventbus.cli import dead, demo, output, publish, run, tail, topology, undeliverable, version
 
 app = typer.Typer(
     name="eventbus",
@@ -50,6 +50,7 @@ app.command("publish", epilog="""Example: eventbus publish order_placed '{"total
 app.command("tail", epilog="Example: eventbus tail order_placed --json --data | jq .data")(tail.tail)
 app.add_typer(topology.app, name="topology")
 app.add_typer(dead.app, name="dead")
+app.add_typer(undeliverable.app, name="undeliverable")
 app.command("version", epilog="Example: eventbus version --json")(version.version)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
+from eventbus.cli import letters as shown
 from eventbus.cli import output
 from eventbus.cli.connection import Namespace, Place, Url, complete, find
 from eventbus.cli.output import WrongUsage
@@ -79,8 +79,7 @@ def replay(
     Each is confirmed, then removed. What was handled meanwhile is recognised as a duplicate.
     """
     wanted = _choice(ids or [], everything, reason, handler)
-    if not (yes or ids or sys.stdin.isatty()):
-        raise WrongUsage("many at once, and nobody here to ask: add --yes, or name the dead letters")
+    shown.must_be_able_to_ask("dead letters", yes=yes, are_named=bool(ids))
     place = find(url, namespace)
     chosen = {letter.id for letter in complete(_all(place, service)) if wanted(letter)}
     if missing := sorted(set(ids or []) - chosen):
@@ -89,7 +88,7 @@ def replay(
             f"see eventbus dead list {service}"
         )
     count = 0
-    if chosen and (yes or not sys.stdin.isatty() or _confirmed(service, len(chosen))):
+    if chosen and shown.is_agreed(_question(service, len(chosen)), yes=yes):
         count = complete(_replay(place, service, chosen))
     if as_json:
         output.say_json({"replayed": count})
@@ -97,9 +96,9 @@ def replay(
         output.say(f"{count} of {service} replayed")
 
 
-def _confirmed(service: str, count: int) -> bool:
+def _question(service: str, count: int) -> str:
     what = "1 dead letter" if count == 1 else f"{count} dead letters"
-    return typer.confirm(f"Publish {what} of {service} again?", err=True)
+    return f"Publish {what} of {service} again?"
 
 
 def _choice(ids: list[str], everything: bool, reason: str | None, handler: str | None) -> Callable[[DeadLetter], bool]:
@@ -141,13 +140,9 @@ def _desk(place: Place, service: str) -> DeadLetters:
 
 def _summary(letter: DeadLetter) -> dict[str, object]:
     """A dead letter without its data."""
-    envelope = letter.envelope
     return {
         "id": letter.id,
-        "event_id": envelope.id if envelope else None,
-        "type": envelope.type if envelope else None,
-        "source": envelope.source if envelope else None,
-        "subject": envelope.subject if envelope else None,
+        **shown.event_of(letter.envelope),
         "handler": letter.handler,
         "reason": letter.reason,
         "error": letter.error,
@@ -157,8 +152,7 @@ def _summary(letter: DeadLetter) -> dict[str, object]:
 
 
 def _details(letter: DeadLetter) -> dict[str, object]:
-    headers = {name: value if isinstance(value, str | int | float) else repr(value) for name, value in _headers(letter)}
-    return _summary(letter) | {"trace": letter.trace, "headers": headers} | output.json_data(letter.body, "body")
+    return _summary(letter) | {"trace": letter.trace} | shown.as_json(_headers(letter), letter.body)
 
 
 def _headers(letter: DeadLetter) -> Iterator[tuple[str, object]]:
@@ -167,38 +161,29 @@ def _headers(letter: DeadLetter) -> Iterator[tuple[str, object]]:
 
 
 def _print_table(letters: list[DeadLetter]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("id", "first failed", "type", "handler", "reason", "attempts", "error"):
-        table.add_column(name, no_wrap=name != "error", justify="right" if name == "attempts" else "left")
-    for letter in letters:
-        cells = (
-            letter.id,
-            letter.first_failed.strftime("%Y-%m-%dT%H:%M:%SZ"),
-            letter.envelope.type if letter.envelope else "-",
-            letter.handler or "-",
-            letter.reason,
-            str(letter.attempts),
-            letter.error,
-        )
-        table.add_row(*(Text(output.printable(cell)) for cell in cells))
-    output.console().print(table)
+    shown.print_table(
+        ("id", "first failed", "type", "handler", "reason", "attempts", "error"),
+        (
+            (
+                letter.id,
+                letter.first_failed.strftime("%Y-%m-%dT%H:%M:%SZ"),
+                letter.envelope.type if letter.envelope else "-",
+                letter.handler or "-",
+                letter.reason,
+                str(letter.attempts),
+                letter.error,
+            )
+            for letter in letters
+        ),
+    )
 
 
 def _print_details(letter: DeadLetter) -> None:
     summary = _summary(letter)
-    for name in ("id", "type", "event_id", "source", "subject", "handler", "reason", "error", "attempts"):
-        if summary[name] is not None:
-            output.say(f"{name.replace('_', ' '):<13} {output.printable(str(summary[name]))}")
-    output.say(f"first failed  {letter.first_failed.isoformat()}")
+    names = ("id", "type", "event_id", "source", "subject", "handler", "reason", "error", "attempts", "first_failed")
+    shown.print_facts({name: summary[name] for name in names})
     if letter.trace:
         output.say("\ntraceback")
         for line in letter.trace.splitlines():
             output.say(f"  {output.printable(line)}")
-    output.say("\nheaders")
-    for name, value in _headers(letter):
-        output.say(f"  {output.printable(f'{name}: {value}')}")
-    output.say("\ndata")
-    output.say(f"  {output.printable(letter.body.decode(errors='backslashreplace'))}")
+    shown.print_content(_headers(letter), letter.body)

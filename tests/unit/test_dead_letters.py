@@ -197,7 +197,7 @@ async def test_a_replay_that_is_not_confirmed_stays_a_dead_letter_with_those_beh
     confirmed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transport = FaultyTransport(MemoryTransport(URL))
-    monkeypatch.setattr("eventbus.dead_letters.from_url", lambda url, **_: transport)
+    monkeypatch.setattr("eventbus.desk.from_url", lambda url, **_: transport)
 
     def refuse(publication: Publication) -> bool:
         if len(transport.published) == confirmed:

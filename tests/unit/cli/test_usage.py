@@ -70,6 +70,8 @@ def test_data_without_a_class_must_at_least_be_json_with_a_type(
         (["dead", "replay", "greeter", "0123", "--all"], "--all and IDs exclude each other"),
         (["dead", "replay", "greeter", "--reason", "hunger", "--yes"], "rejected, exhausted, invalid-envelope"),
         (["topology", "remove", "greeter"], "add --yes"),
+        (["undeliverable", "replay"], "Name IDs, --target or --all"),
+        (["undeliverable", "replay", "0123", "--all"], "--all excludes IDs and --target"),
         (["runn", "hello"], "Did you mean 'run'?"),
         (["demo", "--sabotage", "everything"], "'lose', 'twice'"),
     ],
@@ -92,6 +94,9 @@ def test_what_cannot_be_meant_is_wrong_usage(words: list[str], said: str, eventb
         ["dead", "list", "greeter"],
         ["dead", "show", "greeter", "0123456789ab"],
         ["dead", "replay", "greeter", "--all", "--yes"],
+        ["undeliverable", "list"],
+        ["undeliverable", "show", "0123456789ab"],
+        ["undeliverable", "replay", "--all", "--yes"],
     ],
 )
 def test_commands_that_talk_to_other_processes_refuse_the_embedded_broker(words: list[str], eventbus: Eventbus) -> None:
@@ -160,6 +165,9 @@ COMMANDS = [
     ["dead", "list"],
     ["dead", "show"],
     ["dead", "replay"],
+    ["undeliverable", "list"],
+    ["undeliverable", "show"],
+    ["undeliverable", "replay"],
     ["version"],
 ]
 
@@ -186,7 +194,7 @@ def test_the_help_lists_every_command_and_the_exit_codes(eventbus: Eventbus, mon
         assert word in ended.out
 
 
-@pytest.mark.parametrize("words", [[], ["topology"], ["dead"]], ids=" ".join)
+@pytest.mark.parametrize("words", [[], ["topology"], ["dead"], ["undeliverable"]], ids=" ".join)
 def test_a_group_alone_shows_what_it_has(words: list[str], eventbus: Eventbus) -> None:
     ended = eventbus(*words)
 
