@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
@@ -35,6 +37,7 @@ from eventbus.transport.base import Consumer, Declare, Source, Transport
 log = logging.getLogger("eventbus.worker")
 
 DEFAULT_GRACE = timedelta(seconds=30)
+LAST_WAIT_S = 2.0  # for what is left of a program after its worker has ended
 CALM_S = 60.0  # trouble that comes back within this is the same trouble
 
 # Asks somebody else whether all is well: None if so, else what is wrong. It may take its time.
@@ -259,6 +262,7 @@ class Worker:
         self._engine: Engine | None = None
         self._sender: Sender | None = None
         self._fatal: Exception | None = None
+        self._waiting = 0
         self._hurry = asyncio.Event()
         self._asked_to_stop = asyncio.Event()
         self._has_started = asyncio.Event()
@@ -317,7 +321,11 @@ class Worker:
         Raises:
             SetupError: what stopped it, where it stopped by itself.
         """
-        await self._stopped()
+        self._waiting += 1
+        try:
+            await self._stopped()
+        finally:
+            self._waiting -= 1
         if self._fatal is not None:
             raise self._fatal
 
@@ -353,7 +361,7 @@ class Worker:
             if consuming.done():
                 error = consuming.exception()
                 self._fatal = error if isinstance(error, Exception) else None
-                if self._fatal is not None:
+                if self._fatal is not None and not self._waiting:  # who waits is told by what `wait` raises
                     log.error("the worker ends: %s", self._fatal)
         finally:
             consuming.cancel()
@@ -441,6 +449,34 @@ async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
             loop.remove_signal_handler(number)
 
 
+def run_to_the_end(serving: Coroutine[Any, Any, None]) -> None:
+    """Run *serving* in an event loop of its own, and return `LAST_WAIT_S` after its end at the latest.
+
+    A handler that does not let itself be cancelled, or a thread that one waits for, would keep the process for ever;
+    its delivery has gone back to the broker by then. The process ends with exit code 1 instead.
+    """
+    last: list[threading.Timer] = []
+
+    async def served() -> None:
+        try:
+            await serving
+        finally:
+            last.append(threading.Timer(LAST_WAIT_S, _leave))
+            last[0].daemon = True
+            last[0].start()
+
+    try:
+        asyncio.run(served())
+    finally:
+        for timer in last:
+            timer.cancel()
+
+
+def _leave() -> None:
+    print("error: a handler did not end, and was left behind", file=sys.stderr, flush=True)  # noqa: T201
+    os._exit(1)
+
+
 def run(
     *services: Service[Any],
     url: str | None = None,
@@ -451,7 +487,7 @@ def run(
     """Run *services* until SIGTERM or SIGINT; what cannot work is one line on stderr and exit code 1."""
     try:
         worker = Worker(*services, url=url, idempotency=idempotency, namespace=namespace, grace=grace)
-        asyncio.run(serve(worker, lambda line: print(line, flush=True)))  # noqa: T201  # a program's own output
+        run_to_the_end(serve(worker, lambda line: print(line, flush=True)))  # noqa: T201  # a program's own output
     except (SetupError, TransportError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None

@@ -58,18 +58,17 @@ def run(
 
         raise typer.Exit(run_and_reload(grace_s=grace))
 
-    import asyncio
     from datetime import timedelta
 
     from eventbus.cli import load, logs
     from eventbus.telemetry import install_sdk
-    from eventbus.worker import Worker
+    from eventbus.worker import Worker, run_to_the_end
 
     logs.configure(log or settings.log, log_level or settings.log_level)
     loaded = load.services(services)
     install_sdk(",".join(service.name for service in loaded))  # before the worker, which asks for its tracer
     worker = Worker(*loaded, url=url, namespace=namespace, idempotency=idempotency, grace=timedelta(seconds=grace))
-    asyncio.run(_serve(worker, address))
+    run_to_the_end(_serve(worker, address))
 
 
 def _host_and_port(text: str) -> tuple[str, int]:

@@ -573,6 +573,61 @@ def test_a_signal_drains_and_a_second_one_hurries(
     assert lines[lines.index("ready") + 1 :] == ["started", *end]
 
 
+STUBBORN = """
+    import asyncio, sys, time
+    from contextlib import asynccontextmanager
+    from eventbus import Bus, Event, Service, run
+
+    class Placed(Event, name="placed"):
+        pass
+
+    async def publish():
+        async with Bus("memory://", source="/x") as bus:
+            await asyncio.sleep(0.05)
+            await bus.publish(Placed())
+
+    @asynccontextmanager
+    async def lifespan(service):
+        publishing = asyncio.create_task(publish())
+        yield
+        await publishing
+
+    shop = Service("shop", lifespan=lifespan)
+
+    @shop.on("placed")
+    async def handle(event: Placed) -> None:
+        print("started", flush=True)
+        if sys.argv[1] == "thread":
+            await asyncio.to_thread(time.sleep, 60)
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                pass
+
+    run(shop, url="memory://")
+"""
+
+
+@pytest.mark.parametrize("waits_for", ["loop", "thread"])
+def test_a_handler_that_does_not_end_does_not_keep_the_process(tmp_path: Path, waits_for: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(STUBBORN))
+    with subprocess.Popen(
+        [sys.executable, program, waits_for], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith(("started", "stopping:")):
+                process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+
+        assert process.wait(20) == 1
+
+    assert said.splitlines()[-1] == "error: a handler did not end, and was left behind"
+
+
 STARTING = """
     import asyncio, os, signal, sys
     from contextlib import asynccontextmanager
