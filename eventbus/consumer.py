@@ -367,11 +367,12 @@ class ServiceConsumer:
         return "nothing"
 
     def _copy(self, work: _Work, settlement: Again | DeadLetter, attempt: int) -> Message:
-        message, delivery = work.delivery.message, work.delivery
+        message = work.delivery.message
         failed = not isinstance(settlement, Again) or settlement.attempt > attempt
+        exchange, key = self._origin(work)
         headers: dict[str, object] = {
-            header.ORIGIN_EXCHANGE: message.headers.get(header.ORIGIN_EXCHANGE, delivery.exchange),
-            header.ORIGIN_KEY: message.headers.get(header.ORIGIN_KEY, delivery.key),
+            header.ORIGIN_EXCHANGE: message.headers.get(header.ORIGIN_EXCHANGE, exchange),
+            header.ORIGIN_KEY: message.headers.get(header.ORIGIN_KEY, key),
         }
         if work.handler is not None:
             headers[header.HANDLER] = work.handler
@@ -387,6 +388,13 @@ class ServiceConsumer:
             if settlement.trace:
                 headers[header.TRACE] = settlement.trace
         return message.republished(headers)
+
+    def _origin(self, work: _Work) -> tuple[str, str]:
+        """Where it was published; a delayed event came by the delay tree, which says nothing to anybody."""
+        names = self._environment.sender.names
+        if work.delivery.exchange == names.delay_end and work.envelope is not None:
+            return names.events, work.envelope.type
+        return work.delivery.exchange, work.delivery.key
 
     async def _wait_stuck(self, backoff_s: float) -> None:
         self.stuck += 1

@@ -1103,6 +1103,18 @@ async def test_an_error_is_cut_to_what_a_header_frame_holds_with_the_innermost_f
         assert letter.trace.endswith("é\n")
 
 
+async def test_a_delayed_event_that_failed_comes_from_where_events_come_from() -> None:
+    async def handle(event: Placed) -> None:
+        raise Reject("no")
+
+    async with Rig(shop := service(handle)) as rig:
+        await rig.publish(Placed(), delay=timedelta(minutes=1))
+        await rig.settled()
+
+        letter = only(rig.dead_letters(shop))
+        assert (letter.headers[header.ORIGIN_EXCHANGE], letter.headers[header.ORIGIN_KEY]) == ("events", "placed.v1")
+
+
 # ── the log ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
