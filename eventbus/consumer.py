@@ -392,7 +392,7 @@ class ServiceConsumer:
     def _origin(self, work: _Work) -> tuple[str, str]:
         """Where it was published; a delayed event came by the delay tree, which says nothing to anybody."""
         names = self._environment.sender.names
-        if work.delivery.exchange == names.delay_end and work.envelope is not None:
+        if names.is_delay(work.delivery.exchange) and work.envelope is not None:
             return names.events, work.envelope.type
         return work.delivery.exchange, work.delivery.key
 

@@ -118,6 +118,10 @@ class Names:
         """Exchange and queue of one level of the delay tree; the end for None."""
         return self.delay_end if level is None else f"{self.namespace}.delay.v1.{level:02d}"
 
+    def is_delay(self, exchange: str) -> bool:
+        """Whether *exchange* is a part of the delay tree: what it hands on was published somewhere else."""
+        return exchange.startswith(f"{self.namespace}.delay.v1.")
+
     def queue(self, service: str) -> str:
         return f"{self.namespace}.{service}"
 
