@@ -27,7 +27,7 @@ async def mail(event: Ordered, context: Context) -> None:
     if event.order == "bad":
         raise Reject("we do not serve them")
     if event.order == "later" and context.attempt == 1:
-        raise RetryLater(timedelta(seconds=2))
+        raise RetryLater(timedelta(seconds=12))  # its queue is deleted long before
 """
 
 
