@@ -49,7 +49,7 @@ async def test_a_build_that_loses_is_found_out(own_broker: BrokerServer, saboteu
 
 
 async def test_a_build_that_does_things_twice_is_found_out(own_broker: BrokerServer) -> None:
-    result = await run_cell(CELLS["publisher-killed"], own_broker, events=EVENTS, saboteur="forget", quiet_s=3)
+    result = await run_cell(CELLS["queue-full"], own_broker, events=EVENTS, saboteur="forget", quiet_s=3)
 
     assert result.counted.done_twice
     assert not result.is_good

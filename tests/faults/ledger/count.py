@@ -77,7 +77,7 @@ def first_effect_after(books: sqlite3.Connection, moment: float) -> float | None
     Where none was confirmed so late, the first that was handled after it.
     """
     new = """
-        select min(at) from effects join published using (event) where confirmed >= ?
+        select min(at) from effects join published using (event) where confirmed >= ?1 and at >= ?1
     """
     found: float | None = books.execute(new, (moment,)).fetchone()[0]
     if found is None:
