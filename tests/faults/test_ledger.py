@@ -33,8 +33,7 @@ async def test_nothing_is_lost_and_nothing_is_done_twice(own_broker_of_every_lin
     assert not counted.lost
     assert not counted.done_twice
     assert not counted.dead_lettered
-    assert len(counted.handled) + len(counted.destroyed) == EVENTS
-    assert bool(counted.destroyed) == (name == "queue-deleted")
+    assert len(counted.handled) == EVENTS
     # None: on a very busy computer the fault may be over when all events are handled.
     assert result.recovery_s is None or result.recovery_s < RECOVERY_S
     assert list(report.as_json(result)) == FIELDS

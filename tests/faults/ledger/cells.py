@@ -11,7 +11,8 @@ from tests.faults.ledger.stage import Stage
 
 # A crashed worker's claims end after 5 s instead of 30 s: for cells that are about crashes one after the other.
 SOON = ("--lease-s", "5")
-SHORT = ("worker-killed", "broker-killed", "retry-copy-returned", "queue-deleted")
+# Tried with every change, so few: all tests together end within twenty minutes on two cores.
+SHORT = ("worker-killed", "broker-killed")
 
 
 @dataclass(frozen=True, slots=True)
