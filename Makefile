@@ -1,7 +1,7 @@
 # `make` alone says what there is. Every target sets up what it needs, in .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all ledger check broker shop clean
+.PHONY: help setup demo test test-all ledger lateness check broker shop clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +26,9 @@ test-all: $(VENV)/.dev  ## the same on every broker line that this machine has: 
 ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL=... BROKER=3.10|4.0|4.3 EVENTS=...
 	@$(BIN)/python -m tests.faults.ledger $(if $(CELL),--cell $(CELL)) $(if $(BROKER),--broker $(BROKER)) \
 		$(if $(EVENTS),--events $(EVENTS))
+
+lateness: $(VENV)/.dev  ## is anything early that the delay tree brings, and how late: LEDGER.md; BROKER=... COUNTS=100,1000
+	@$(BIN)/python -m tests.faults.lateness $(if $(BROKER),--broker $(BROKER)) $(if $(COUNTS),--counts $(COUNTS))
 
 check: $(VENV)/.dev  ## format, lint, types, the direction of imports
 	$(BIN)/ruff format --check .

@@ -11,6 +11,8 @@ from tests.faults.ledger.run import Result
 
 COLUMNS = ("fault", "published", "confirmed", "handled", "duplicates", "dead_lettered", "destroyed", "lost",
            "done_twice", "recovery_s")  # fmt: skip
+LATENESS = ("broker", "what", "messages", "due_within_s", "earliest_s", "p50_s", "p99_s", "max_s", "early", "missing",
+            "twice")  # fmt: skip
 INTRODUCTION = """\
 # The ledger
 
@@ -24,6 +26,18 @@ Written by `make ledger`; one cell again: `make ledger CELL=worker-killed BROKER
   handler ran again since a crash had come before the record, and found its own row. **done twice**: handled again after
   it was recorded as done, or with two effects.
 * **recovery**: seconds from the fault's end to the first event that is handled.
+"""
+LATENESS_INTRODUCTION = """\
+
+## The delay tree
+
+Messages that wait for one moment: delayed events and retries that are all due **at once**, published before with the
+delay that is left, and events whose delays are **mixed**. Written by `make lateness`.
+
+* **due within**: seconds from the first to the last that is due. **earliest**: the least that a message came after the
+  delay that was asked for; **early** are those for which that is negative.
+* **p50**, **p99**, **max**: seconds from due, with the delay as the tree rounds it up, to the delivery to one consumer,
+  which takes them one after the other. **twice**: delivered again, which dead-lettering at least once may do.
 """
 
 
@@ -52,23 +66,57 @@ def as_json(result: Result) -> dict[str, object]:
 def write(result: Result, folder: Path) -> None:
     """Write both files into *folder* with *result* in them. The other cells keep the figures that they had."""
     file = folder / "ledger.json"
-    known = json.loads(file.read_text()) if file.exists() else []
-    cells = {(cell["broker"], cell["fault"]): cell for cell in [*known, as_json(result)]}
+    cells = {(str(cell["broker"]), str(cell["fault"])): cell for cell in [*_known(file), as_json(result)]}
     order = {name: place for place, name in enumerate(CELLS)}
-    ordered = sorted(cells.values(), key=lambda cell: (cell["broker"], order.get(cell["fault"], len(order))))
+    ordered = [cells[which] for which in sorted(cells, key=lambda which: (which[0], order.get(which[1], len(order))))]
     file.write_text(json.dumps(ordered, indent=1) + "\n")
-    (folder / "LEDGER.md").write_text(as_markdown(ordered))
+    _tell(folder)
 
 
-def as_markdown(cells: Sequence[dict[str, object]]) -> str:
-    """One table per broker line."""
+def write_lateness(rows: Iterable[dict[str, object]], folder: Path) -> None:
+    """Write lateness.json and LEDGER.md into *folder* with *rows* in them. The other rows keep their figures."""
+    file = folder / "lateness.json"
+    kept = {(str(row["broker"]), int(str(row["messages"])), str(row["what"])): row for row in [*_known(file), *rows]}
+    file.write_text(json.dumps([kept[which] for which in sorted(kept)], indent=1) + "\n")
+    _tell(folder)
+
+
+def _tell(folder: Path) -> None:
+    (folder / "LEDGER.md").write_text(as_markdown(_known(folder / "ledger.json"), _known(folder / "lateness.json")))
+
+
+def _known(file: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = json.loads(file.read_text()) if file.exists() else []
+    return rows
+
+
+def as_markdown(cells: Sequence[dict[str, object]], lateness: Sequence[dict[str, object]] = ()) -> str:
+    """One table per broker line, and one for the delay tree."""
     parts = [INTRODUCTION]
     for line in dict.fromkeys(str(cell["broker"]) for cell in cells):
         of_line = [cell for cell in cells if cell["broker"] == line]
         parts += [f"\n## RabbitMQ {line}\n", *_table(of_line)]
-        versions = sorted({", ".join(f"{k} {v}" for k, v in dict(cell["versions"]).items()) for cell in of_line})  # type: ignore[call-overload]
-        parts.append(f"\n{'; '.join(versions)}. Run {_span(str(cell['started']) for cell in of_line)}.")
+        parts.append(_origin(of_line))
+    if lateness:
+        parts += [LATENESS_INTRODUCTION, *_lateness_table(lateness), _origin(lateness)]
     return "\n".join(parts) + "\n"
+
+
+def _origin(runs: Sequence[dict[str, object]]) -> str:
+    """What was under test, and when."""
+    versions = sorted({", ".join(f"{k} {v}" for k, v in dict(run["versions"]).items()) for run in runs})  # type: ignore[call-overload]
+    return f"\n{'; '.join(versions)}. Run {_span(str(run['started']) for run in runs)}."
+
+
+def _lateness_table(rows: Iterable[dict[str, object]]) -> list[str]:
+    head = "| " + " | ".join(name.removesuffix("_s").replace("_", " ") for name in LATENESS) + " |"
+    body = ["| " + " | ".join(seconds(row[name]) for name in LATENESS) + " |" for row in rows]
+    return [head, "|---|---" + "|---:" * (len(LATENESS) - 2) + "|", *body]
+
+
+def seconds(value: object) -> str:
+    """Delays are told by the millisecond."""
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _table(cells: Iterable[dict[str, object]]) -> list[str]:
