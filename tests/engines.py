@@ -42,8 +42,12 @@ class Engine(Protocol):
     """What runs one RabbitMQ."""
 
     origin: str
-    url: str
-    management_url: str
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def management_url(self) -> str: ...
 
     def start(self) -> None:
         """Run it, on the ports and with the data that it had before, and return at once."""

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from eventbus import EventBusError
+from tests import cluster
 from tests.faults.ledger import report, saboteurs
 from tests.faults.ledger.cells import CELLS, SHORT, Cell
 from tests.faults.ledger.run import Result, run_cell
-from tests.servers import Brokers, NoBroker, ServerError, find_own_lines
+from tests.servers import Brokers, BrokerServer, NoBroker, ServerError, find_own_lines
 
 BAD = 3
 SHORT_EVENTS = 200
@@ -39,23 +41,52 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
-    names = options.cell or (SHORT if options.short else CELLS)
+    cells = [CELLS[name] for name in options.cell or (SHORT if options.short else CELLS)]
     events = options.events or (SHORT_EVENTS if options.short else None)
-    brokers, is_good = Brokers(), True
+    brokers, nodes, is_good = Brokers(), cluster.ClusterServer(), True
     try:
-        for line in [options.broker] if options.broker else find_own_lines():
-            is_good &= run_on(line, brokers, [CELLS[name] for name in names], events, options)
+        for line in lines_for(cells, options):
+            of_line = [cell for cell in cells if cell.needs_cluster == (line == cluster.LINE)]
+            own = nodes.running if line == cluster.LINE else functools.partial(brokers.own, line)
+            is_good &= run_on(line, own, of_line, events, options)
             for server in brokers.started():
                 server.discard()  # two brokers at a time are too much for a small computer
-    except NoBroker as error:
+    except (NoBroker, ServerError) as error:
         print(error, file=sys.stderr)
         return 1
     finally:
         brokers.close()
+        nodes.discard()
     return 0 if is_good else BAD
 
 
-def run_on(line: str, brokers: Brokers, cells: Iterable[Cell], events: int | None, options: argparse.Namespace) -> bool:
+def lines_for(cells: Sequence[Cell], options: argparse.Namespace) -> list[str]:
+    """The broker lines that *cells* run on, the cluster last.
+
+    Raises:
+        NoBroker: what was asked for by name is not to be had.
+    """
+    on_one_node = [cell for cell in cells if not cell.needs_cluster]
+    if options.broker not in (None, cluster.LINE):
+        if not on_one_node:
+            raise NoBroker(f"{cells[0].name} needs a cluster: leave the broker out, or name {cluster.LINE}")
+        return [options.broker]
+    lines = list(find_own_lines()) if on_one_node and not options.broker else []
+    if len(on_one_node) == len(cells):
+        if not lines:
+            raise NoBroker(f"{cells[0].name} is not among what breaks in a cluster: leave the broker out")
+        return lines
+    if (why := cluster.why_none()) is None:
+        return [*lines, cluster.LINE]
+    if not lines:
+        raise NoBroker(f"no {cluster.LINE} here: {why}")
+    print(f"{cluster.LINE} is left out: {why}")
+    return lines
+
+
+def run_on(
+    line: str, own: Callable[[], BrokerServer], cells: Iterable[Cell], events: int | None, options: argparse.Namespace
+) -> bool:
     """Run *cells* on the broker *line*, whether all were good; the files are written after each."""
     console, is_good = Console(), True
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -67,13 +98,15 @@ def run_on(line: str, brokers: Brokers, cells: Iterable[Cell], events: int | Non
             def tell(done: int, of: int, shown: object = shown) -> None:
                 bar.update(shown, completed=done, total=of)  # type: ignore[arg-type]
 
-            server = brokers.own(line)
+            server = own()
             running = run_cell(cell, server, events=events, seed=options.seed, saboteur=options.saboteur, progress=tell)
             try:
                 result = asyncio.run(running)
             except (AssertionError, EventBusError, ServerError, TimeoutError) as error:  # the other cells go on
-                console.print(f"BAD {line:<5} {cell.name:<32} {type(error).__name__}: {error}", soft_wrap=True)
+                console.print(f"BAD {line:<5} {cell.name:<33} {type(error).__name__}: {error}", soft_wrap=True)
                 is_good = False
+                if isinstance(server, cluster.ClusterServer):
+                    server.discard()  # a node may still be away
                 continue
             finally:
                 bar.remove_task(shown)
@@ -90,7 +123,7 @@ def told(result: Result) -> str:
     cell = report.as_json(result)
     figures = " ".join(f"{name}={cell[name]}" for name in report.COLUMNS[1:])
     mark = "ok " if result.is_good else "BAD"
-    return f"{mark} {result.broker:<5} {result.cell.name:<32} {figures} took_s={result.took_s:.0f}"
+    return f"{mark} {result.broker:<5} {result.cell.name:<33} {figures} took_s={result.took_s:.0f}"
 
 
 if __name__ == "__main__":

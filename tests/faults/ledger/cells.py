@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from tests.faults.ledger import faults
+from tests.faults.ledger import cluster, faults
 from tests.faults.ledger.events import Kind
 from tests.faults.ledger.stage import Stage
 
@@ -32,6 +32,7 @@ class Cell:
     heartbeat_s: int | None = None
     worker_options: tuple[str, ...] = ()
     dead_letters: int = 0  # how many events may be given up
+    needs_cluster: bool = False
 
 
 def _cells() -> tuple[Cell, ...]:
@@ -90,7 +91,31 @@ def _cells() -> tuple[Cell, ...]:
              services=("payments",), kind="publishes-and-exits", every=200),
         Cell("poison", "one event kills its worker each time, among 500", faults.special_events, events=500,
              kind="poison", every=500, dead_letters=1, worker_options=SOON),
+        *_cluster_cells(),
     )  # fmt: skip
+
+
+def _cluster_cells() -> tuple[Cell, ...]:
+    faults_by_name = {
+        "leader-killed": (cluster.leader_killed, "the node that leads the queues: SIGKILL; clients are on another one"),
+        "leader-killed-connected-to-it": (
+            cluster.leader_killed_connected_to_it,
+            "the node that leads the queues: SIGKILL; its clients are led to another one, as by a load balancer",
+        ),
+        "follower-killed": (cluster.follower_killed, "a node that leads no queue: SIGKILL; clients are on the leader"),
+        "node-partitioned": (
+            cluster.leader_cut_off,
+            f"the leader cut off from the two others for {cluster.CUT_OFF_S:.0f} s; clients are with the two",
+        ),
+        "node-partitioned-with-its-clients": (
+            cluster.leader_cut_off_with_clients,
+            f"the leader and all clients cut off from the two others for {cluster.CUT_OFF_S:.0f} s",
+        ),
+    }
+    return tuple(
+        Cell(name, says, fault, events=2000, begins_at=0.1, needs_cluster=True)
+        for name, (fault, says) in faults_by_name.items()
+    )
 
 
 CELLS: Mapping[str, Cell] = {cell.name: cell for cell in _cells()}
