@@ -128,6 +128,7 @@ class Container:
         self.url = f"amqp://guest:guest@{host}:{ports['5672/tcp']}/"
         self.management_url = f"http://{host}:{ports['15672/tcp']}"
         self._leash: Leash | None = None
+        self._pid: int | None = None  # of its first process, as the engine's computer numbers it
 
     def start(self) -> None:
         if self._leash is None:
@@ -135,11 +136,28 @@ class Container:
             self._leash = Leash([sys.executable, "-c", REMOVE_CONTAINER, self._docker.get_container_id()])
         else:
             self._docker.get_wrapped_container().start()
+        container = self._docker.get_wrapped_container()
+        container.reload()
+        self._pid = container.attrs["State"]["Pid"] or None
 
     def kill(self) -> None:
         container = self._docker.get_wrapped_container()
-        container.kill()
+        if not self._kill_first_process():
+            container.kill()
         container.wait(timeout=CTL_S)
+
+    def _kill_first_process(self) -> bool:
+        """SIGKILL it directly, where that is ours to do: within a millisecond, where the engine takes fifty."""
+        if self._pid is None:
+            return False
+        try:
+            # Behind an engine elsewhere, or in a virtual machine, that number is another process's here.
+            if self._docker.get_container_id() not in Path(f"/proc/{self._pid}/cgroup").read_text():
+                return False
+            os.kill(self._pid, signal.SIGKILL)
+        except OSError:
+            return False
+        return True
 
     def shut_down(self) -> None:
         with contextlib.suppress(ServerError):  # the command dies with the container

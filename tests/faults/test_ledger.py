@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults.ledger import report
-from tests.faults.ledger.books import key_of, open_books
+from tests.faults.ledger.__main__ import main
+from tests.faults.ledger.books import FOLLOWS, key_of, open_books
 from tests.faults.ledger.cells import CELLS, SHORT
-from tests.faults.ledger.count import count
-from tests.faults.ledger.run import run_cell
+from tests.faults.ledger.count import all_handle_again, count
+from tests.faults.ledger.events import specials
+from tests.faults.ledger.run import Result, run_cell
 from tests.servers import BrokerServer
 
 EVENTS = 150
@@ -79,3 +81,80 @@ def test_every_event_is_counted_as_what_became_of_it(tmp_path: Path) -> None:
     assert "fine" in counted.done_twice  # it ran after it was recorded as done
     assert counted.done_twice & {"again", "another id of again"}  # one fact with two effects
     assert not counted.done_twice & {"lost", "by one"}
+
+
+def test_what_a_handler_published_and_nobody_handled_is_lost(tmp_path: Path) -> None:
+    books = open_books(tmp_path / "books.sqlite")
+    for number, name in enumerate(["followed", "not followed", "publishes nothing"]):
+        books.execute("insert into published values (?, ?, 1, 2)", (name, number))
+        books.execute("insert into effects values ('a', ?, ?, 3, 1)", (name, number))
+    books.execute("insert into effects values (?, 'its own id', 0, 4, 1)", ("a" + FOLLOWS,))
+
+    counted = count(books, ("a",), dead=(), destroyed=(), publishing={0, 1})
+    books.close()
+
+    assert counted.lost == {"what a published for 1"}
+
+
+def test_recovery_is_when_every_service_handles_what_was_confirmed_after_the_fault(tmp_path: Path) -> None:
+    books = open_books(tmp_path / "books.sqlite")
+    for name, confirmed in [("before", 9.0), ("after", 11.0), ("later", 12.0)]:
+        books.execute("insert into published values (?, 0, 1, ?)", (name, confirmed))
+    for service, event, at in [("a", "before", 10.5), ("a", "after", 11.5), ("b", "later", 13.0), ("c", "before", 12)]:
+        books.execute("insert into effects values (?, ?, 0, ?, 1)", (service, event, at))
+
+    recovered = [all_handle_again(books, services, 10.0) for services in ("a", "b", "c", "ab", "d")]
+    books.close()
+
+    assert recovered == [11.5, 13.0, 12.0, 13.0, None]
+
+
+@pytest.mark.parametrize(("recovery_s", "is_good"), [(None, True), (9.9, True), (10.1, False)])
+def test_a_late_recovery_is_not_good(tmp_path: Path, recovery_s: float | None, is_good: bool) -> None:
+    books = open_books(tmp_path / "books.sqlite")
+    counted = count(books, ("a",), dead=(), destroyed=())
+    books.close()
+
+    result = Result(CELLS["broker-killed"], "4.3", counted, 0, recovery_s, 1.0, "now", 1, {})
+
+    assert result.is_good is is_good
+
+
+@pytest.mark.parametrize("events", [1, 2, 99, 100, 1000, 10_000])
+@pytest.mark.parametrize("every", [2, 50, 1000])
+def test_special_events_leave_a_flow_behind_them(events: int, every: int) -> None:
+    chosen = specials(events, every, 0.7)
+
+    assert chosen
+    assert max(chosen) <= 0.7 * events
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--events", "0"], "needs 100 at least"),
+        (["--events", "-3"], "needs 100 at least"),
+        (["--cell", "broker-killed", "--events", "1"], "needs 100 at least"),
+        (["--cell", "no-such"], "invalid choice: 'no-such'"),
+        (["--broker", "2.8"], "no RabbitMQ 2.8 here"),
+    ],
+)
+def test_what_cannot_be_run_is_said_at_once(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    try:
+        code: object = main([*arguments, "--into", str(tmp_path)])
+    except SystemExit as end:
+        code = end.code
+
+    assert code == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_broken_off_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "ledger.json").write_text(
+        '[{"broker": "4.3", "fault": "nothing"}, {"broker": "4.0", "fault": "poison"}]'
+    )
+
+    assert report.faults_of("4.3", tmp_path) == {"nothing"}

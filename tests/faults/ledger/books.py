@@ -19,6 +19,7 @@ BUSY_S = 30.0
 SCHEMA = """
 create table if not exists published (event text primary key, number int, began real, confirmed real);
 create table if not exists runs (service text, event text, number int, attempt int, began real);
+create table if not exists broken (service text, event text, number int, at real);
 create table if not exists effects (
     service text, event text, number int, at real, count int, primary key (service, event)
 );
@@ -38,13 +39,23 @@ def open_books(path: Path) -> sqlite3.Connection:
     return books
 
 
-def key_of(service: str, event: str) -> str:
-    """The idempotency key of the only handler's work on *event*."""
-    return f"{service}/handle/counted/{SOURCE} {event}"
-
-
 SOURCE = "/ledger"
+FOLLOWS = " follows"  # a service's name and this: where the effects of the events are that its handlers published
 CUT_OFF = "the store is cut off"
+# One statement, so one transaction: the claim is ours where there is none, or one that has ended undone, by a crash.
+CLAIM = """
+insert into claims (key, token, ends, crashes) values (?1, ?2, ?3, 0)
+on conflict (key) do update set token = ?2, ends = ?3, crashes = crashes + 1 where done is null and ends <= ?4
+returning crashes
+"""
+
+
+def key_of(service: str, event: str) -> str:
+    """The idempotency key of the work on *event*."""
+    if service.endswith(FOLLOWS):
+        name = service.removesuffix(FOLLOWS)
+        return f"{name}/follow/followed//services/{name} {event}"
+    return f"{service}/handle/counted/{SOURCE} {event}"
 
 
 class SharedStore:
@@ -56,27 +67,18 @@ class SharedStore:
 
     async def claim(self, key: str, lease: timedelta) -> Claim:
         self._check()
-        self._books.execute("begin immediate")
-        try:
-            return self._claimed(key, lease)
-        finally:
-            self._books.execute("commit")
-
-    def _claimed(self, key: str, lease: timedelta) -> Claim:
-        now, crashes = time.time(), 0
-        held = self._books.execute("select ends, crashes, done from claims where key = ?", (key,)).fetchone()
-        if held is not None:
-            ends, crashes, done = held
-            if done is not None:
-                self._books.execute("insert into suppressed values (?, ?)", (key, now))
-                return Done()
-            if ends > now:
-                return Theirs(timedelta(seconds=ends - now))
-            crashes += 1
-        token = str(uuid4())
-        row = (key, token, now + min(lease, self._longest_lease).total_seconds(), crashes)
-        self._books.execute("insert or replace into claims (key, token, ends, crashes) values (?, ?, ?, ?)", row)
-        return Mine(token, crashes)
+        now, token = time.time(), str(uuid4())
+        row = (key, token, now + min(lease, self._longest_lease).total_seconds(), now)
+        if claimed := self._books.execute(CLAIM, row).fetchall():
+            return Mine(token, claimed[0][0])
+        held = self._books.execute("select ends, done from claims where key = ?", (key,)).fetchone()
+        if held is None:  # given back meanwhile
+            return await self.claim(key, lease)
+        ends, done = held
+        if done is None:
+            return Theirs(timedelta(seconds=max(0.0, ends - now)))
+        self._books.execute("insert into suppressed values (?, ?)", (key, now))
+        return Done()
 
     async def renew(self, key: str, token: str, lease: timedelta) -> bool:
         return self._change("update claims set ends = ?", key, token, time.time() + lease.total_seconds())

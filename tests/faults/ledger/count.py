@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from tests.faults.ledger.books import key_of
+from tests.faults.ledger.books import FOLLOWS, key_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,16 @@ class Count:
 
 
 def count(
-    books: sqlite3.Connection, services: Sequence[str], dead: Collection[str], destroyed: Collection[str]
+    books: sqlite3.Connection,
+    services: Sequence[str],
+    dead: Collection[str],
+    destroyed: Collection[str],
+    publishing: Collection[int] = (),
 ) -> Count:
-    """The figures so far. *dead*, *destroyed*: the events that may be missing because of that."""
+    """The figures so far. *dead*, *destroyed*: the events that may be missing because of that.
+
+    *publishing*: the numbers of events whose handlers publish another one, which has its effect, too.
+    """
     confirmed = {row[0] for row in books.execute("select event from published where confirmed not null")}
     by = {name: _column(books, "select event from effects where service = ?", name) for name in services}
     missing = {event for handled in by.values() for event in confirmed - handled}
@@ -50,8 +57,19 @@ def count(
         suppressed=_number(books, "select count(*) from suppressed"),
         dead_lettered=frozenset(dead),
         destroyed=frozenset(gone),
-        lost=frozenset(missing - gone - given_up),
+        lost=frozenset(missing - gone - given_up) | _lost_follow_ups(books, services, publishing),
         done_twice=_done_twice(books),
+    )
+
+
+def _lost_follow_ups(books: sqlite3.Connection, services: Sequence[str], publishing: Collection[int]) -> frozenset[str]:
+    """What handlers published, which was confirmed since they came to their end, and has no effect."""
+    numbers = "select number from effects where service = ?"
+    return frozenset(
+        f"what {service} published for {number}"
+        for service in services
+        for (number,) in set(books.execute(numbers, (service,))) - set(books.execute(numbers, (service + FOLLOWS,)))
+        if number in publishing
     )
 
 
@@ -71,18 +89,21 @@ def _done_twice(books: sqlite3.Connection) -> frozenset[str]:
     return frozenset(again | _column(books, several))
 
 
-def first_effect_after(books: sqlite3.Connection, moment: float) -> float | None:
-    """When the first event was handled that was confirmed after *moment*: all of the way works again.
+def all_handle_again(books: sqlite3.Connection, services: Sequence[str], moment: float) -> float | None:
+    """When the last of *services* handled its first event after *moment*.
 
-    Where none was confirmed so late, the first that was handled after it.
+    One that was confirmed after *moment*, where there is such a one: all of the way works again. None where there was
+    nothing left to handle.
     """
-    new = """
-        select min(at) from effects join published using (event) where confirmed >= ?1 and at >= ?1
-    """
-    found: float | None = books.execute(new, (moment,)).fetchone()[0]
-    if found is None:
-        found = books.execute("select min(at) from effects where at >= ?", (moment,)).fetchone()[0]
-    return found
+    firsts = [_first_after(books, service, moment) for service in services]
+    return max((first for first in firsts if first is not None), default=None)
+
+
+def _first_after(books: sqlite3.Connection, service: str, moment: float) -> float | None:
+    handled = "select min(at) from effects join published using (event) where service = ?1 and at >= ?2"
+    late: float | None = books.execute(f"{handled} and confirmed >= ?2", (service, moment)).fetchone()[0]
+    any_: float | None = books.execute(handled, (service, moment)).fetchone()[0]
+    return any_ if late is None else late
 
 
 def _column(books: sqlite3.Connection, question: str, *values: object) -> frozenset[str]:

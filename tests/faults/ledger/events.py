@@ -25,6 +25,16 @@ class Followed(Event, name="followed"):
     number: int
 
 
+def specials(events: int, every: int, share: float) -> frozenset[int]:
+    """Which of *events* are of a cell's kind: one in *every*, none behind the first *share*, and one at least.
+
+    Behind them events flow on, so that recovery can be measured.
+    """
+    last = max(1, int(events * share))
+    step = min(every, last)
+    return frozenset(range(step // 2, last, step))
+
+
 def id_of(seed: int, number: int) -> str:
     """The event's id: the same when a publisher that was killed starts anew."""
     return str(uuid5(_IDS, f"{seed}/{number}"))

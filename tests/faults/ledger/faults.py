@@ -1,23 +1,37 @@
-"""What breaks, one function each. It is called when events flow, says when its fault is over, and returns."""
+"""What breaks, one function each. It is called when events flow, says when its fault is over, and returns.
+
+Each asserts that something broke: a cell must not pass because nothing did.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import random
+import sqlite3
+import time
 
+from eventbus import Bus, PublishError
 from eventbus.topology import Topology
 from eventbus.transport.rabbitmq import RabbitMQ
-from tests.faults.ledger.books import CUT_OFF
-from tests.faults.ledger.proxy import DIRECTIONS
+from tests.faults.ledger.books import BUSY_S, CUT_OFF, SOURCE
+from tests.faults.ledger.events import Counted, id_of
+from tests.faults.ledger.proxy import DIRECTIONS, Direction
 from tests.faults.ledger.stage import Stage
-from tests.servers import ServerError
+from tests.servers import ServerError, ask_version
 
 SHORT_S = 3.0
 HEARTBEAT_S = 4  # what cells ask for that wait for it
 LONG_S = 16.0  # more than three of those heartbeats: client and broker have given up
 KILLS = 30
-WIDE = 20  # runs under way by which a worker has gone wide
+IN_THE_MIDDLE = 10  # further runs by which a worker is in the middle of many
+EVERY_S = 2.0
+MINUTE_S = 60.0
+NEARLY_ALL = 0.97
+SOON_S = 0.005  # after a publish returned
 LEVELS_USED = 8  # of the delay tree, by delays up to a minute
+LONG_AGO_S = 2.0  # a first retry is due sooner
+LOST = "connection lost"  # what the bus logs when a session has died
+IN_FLIGHT_S = 1.0  # what had arrived when the network stalled is through by then
 
 
 async def nothing(stage: Stage) -> None:
@@ -33,25 +47,30 @@ async def worker_killed(stage: Stage) -> None:
 
 
 async def worker_killed_every_2_s(stage: Stage) -> None:
-    turn = 0
-    while stage.confirmed() < 0.95 * stage.events:
-        stage.workers[turn % len(stage.workers)].kill()
-        turn += 1
-        await asyncio.sleep(2)
+    """One in turn, for a minute, and on until events have flowed."""
+    loop = asyncio.get_running_loop()
+    began_s, kills = loop.time(), 0
+    while loop.time() - began_s < MINUTE_S or stage.confirmed() < NEARLY_ALL * stage.events:
+        worker = stage.workers[kills % len(stage.workers)]
+        await stage.until(lambda worker=worker: worker.is_running, "it was started anew")  # type: ignore[misc]
+        worker.kill()
+        kills += 1
+        await asyncio.sleep(began_s + kills * EVERY_S - loop.time())
     stage.over()
 
 
 async def killed_thirty_times(stage: Stage) -> None:
-    """All events wait; the only worker is killed as soon as it is in the middle of many."""
+    """All events wait; the only worker is killed each time that it is in the middle of many."""
     worker = stage.workers[0]
     await worker.stop()
     await stage.published(1)
     worker.start()
     for _ in range(KILLS):
-        life, runs = worker.lives, stage.runs()
-        await _until_or(lambda runs=runs: stage.runs() >= runs + WIDE, 2)
+        wanted = stage.runs() + IN_THE_MIDDLE
+        await stage.until(lambda wanted=wanted: stage.runs() >= wanted, "it is in the middle of many")  # type: ignore[misc]
         worker.kill()
-        await stage.until(lambda life=life: worker.lives > life, "it is started anew")  # type: ignore[misc]
+        lives = worker.lives
+        await stage.until(lambda lives=lives: worker.lives > lives, "it is started anew")  # type: ignore[misc]
     stage.over()
 
 
@@ -62,10 +81,43 @@ async def publisher_killed(stage: Stage) -> None:
     stage.over()
 
 
-async def special_events(stage: Stage) -> None:
-    """The events themselves are the fault; it is over when the last of them has had its bad run."""
-    await stage.published(1)
+# ── handlers: the events themselves are the fault ─────────────────────────────────────────────────────────────────────
+
+
+async def special_events(stage: Stage, lasting_s: float = 0.0) -> None:
+    """Over when the last handler has misbehaved, *lasting_s* after it began to."""
+    await stage.until(lambda: _begun(stage) == len(stage.specials) * len(stage.services), "each has come to a handler")
+    last: float = stage.books.execute("select max(at) from broken").fetchone()[0]
+    await asyncio.sleep(last + lasting_s - time.time())
     stage.over()
+
+
+def _begun(stage: Stage) -> int:
+    """How many of the special events each service has been given."""
+    run = "select 1 from runs where service = ? and event = ?"
+    return sum(
+        stage.books.execute(run, (service, id_of(stage.seed, number))).fetchone() is not None
+        for service in stage.services
+        for number in stage.specials
+    )
+
+
+async def exiting_handlers(stage: Stage) -> None:
+    lives = sum(worker.lives for worker in stage.workers)
+    await special_events(stage)
+    await stage.until(lambda: sum(worker.lives for worker in stage.workers) > lives, "a worker has ended")
+
+
+async def poison(stage: Stage) -> None:
+    """It is given up while many others are handled; the rest comes then."""
+    await stage.published(5 / 6)
+    await stage.pause()
+    async with asyncio.timeout(100):
+        while not (await stage.depths()).get(f"events.{stage.services[0]}.dead"):  # noqa: ASYNC110  # it does not tell
+            await asyncio.sleep(1)
+    assert stage.workers[0].lives + stage.workers[1].lives > 4, "it killed nobody"
+    stage.over()
+    await stage.resume()
 
 
 # ── the broker ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,32 +125,67 @@ async def special_events(stage: Stage) -> None:
 
 async def broker_killed(stage: Stage) -> None:
     await asyncio.to_thread(stage.broker.kill)
+    assert ask_version(stage.broker.url) is None
     await asyncio.to_thread(stage.broker.start)
     stage.over()
 
 
+async def broker_killed_again_and_again(stage: Stage) -> None:
+    """As often as there are events: right after the publish of each returned."""
+    chance = random.Random(stage.seed)
+    await asyncio.to_thread(stage.broker.restart)  # it forgets a queue that was declared within the last second
+    for number in range(stage.events):
+        event_id = id_of(stage.seed, number)
+        began = (event_id, number, time.time())
+        stage.books.execute("insert into published (event, number, began) values (?, ?, ?)", began)
+        returned = await _publish_and_kill(stage, Counted(number=number, kind="works"), event_id, chance)
+        stage.books.execute("update published set confirmed = ? where event = ?", (returned, event_id))
+        await asyncio.to_thread(stage.broker.start)
+    stage.over()
+
+
+async def _publish_and_kill(stage: Stage, event: Counted, event_id: str, chance: random.Random) -> float:
+    """Publish *event* and SIGKILL the broker within `SOON_S`; when the publish returned."""
+    loop = asyncio.get_running_loop()
+    async with Bus(stage.url, source=SOURCE) as bus:
+        while True:
+            try:
+                await bus.publish(event, id=event_id)
+            except PublishError:  # nothing is promised: once more
+                continue
+            returned, returned_s = time.time(), loop.time()
+            await asyncio.sleep(chance.uniform(0, SOON_S))
+            if loop.time() - returned_s <= SOON_S:  # else this computer was busy elsewhere: the same event once more
+                stage.broker.kill()  # its first step is the signal
+                return returned
+
+
 async def broker_restarted(stage: Stage) -> None:
-    await asyncio.to_thread(stage.broker.restart)
+    await asyncio.to_thread(stage.broker.stop)
+    assert ask_version(stage.broker.url) is None
+    await asyncio.to_thread(stage.broker.start)
     stage.over()
 
 
 async def connections_closed(stage: Stage) -> None:
     for share in (0.25, 0.4, 0.55):
         await stage.published(share)
+        links = stage.proxy.links
         await stage.ctl("close_all_connections", "closed for a test")
-    stage.over()
+        stage.over()
+        await stage.gone(links)
 
 
 async def memory_alarm(stage: Stage) -> None:
     await stage.ctl("set_vm_memory_high_watermark", "0.00001")
-    await asyncio.sleep(SHORT_S)
+    await stage.stands_still(stage.confirmed, SHORT_S)
     await stage.ctl("set_vm_memory_high_watermark", "0.6")
     stage.over()
 
 
 async def disk_alarm(stage: Stage) -> None:
     await stage.ctl("set_disk_free_limit", "900GB")
-    await asyncio.sleep(SHORT_S)
+    await stage.stands_still(stage.confirmed, SHORT_S)
     await stage.ctl("set_disk_free_limit", "50MB")
     stage.over()
 
@@ -108,8 +195,13 @@ async def consumer_timeout(stage: Stage) -> None:
     setting = "[application:set_env(rabbit, Name, Value) || {{Name, Value}} <- [{}]]."
     await stage.ctl("eval", setting.format("{consumer_timeout, 3000}, {channel_tick_interval, 500}"))
     try:
+        links = stage.proxy.links
         await stage.ctl("close_all_connections", "so that the new limit holds")
+        await stage.gone(links)
+        await stage.published(0.5)
+        lost = stage.said(LOST)
         await stage.published(0.75)
+        await stage.until(lambda: stage.said(LOST) > lost, "the broker has waited too long for an ack")
     finally:
         await stage.ctl("eval", setting.format("{consumer_timeout, 1800000}, {channel_tick_interval, 60000}"))
     await stage.ctl("close_all_connections", "so that the old limit holds again")
@@ -120,43 +212,53 @@ async def consumer_timeout(stage: Stage) -> None:
 
 
 async def stalled_short(stage: Stage) -> None:
-    stage.proxy.stall(*DIRECTIONS)
-    await asyncio.sleep(SHORT_S)
-    stage.proxy.flow()
-    stage.over()
+    await _stalled(stage, SHORT_S, *DIRECTIONS)
 
 
 async def stalled_long(stage: Stage) -> None:
-    stage.proxy.stall(*DIRECTIONS)
-    await asyncio.sleep(LONG_S)
-    stage.proxy.flow()
-    stage.over()
+    await _stalled_dead(stage, *DIRECTIONS)
 
 
 async def stalled_from_the_broker(stage: Stage) -> None:
-    stage.proxy.stall("from the broker")
-    await asyncio.sleep(LONG_S)
-    stage.proxy.flow()
-    stage.over()
+    await _stalled_dead(stage, "from the broker")
 
 
 async def stalled_to_the_broker(stage: Stage) -> None:
-    stage.proxy.stall("to the broker")
-    await asyncio.sleep(LONG_S)
+    await _stalled_dead(stage, "to the broker")
+
+
+async def _stalled(stage: Stage, seconds: float, *directions: Direction) -> None:
+    stage.proxy.stall(*directions)
+    await asyncio.sleep(IN_FLIGHT_S)
+    confirmed = stage.confirmed()
+    await asyncio.sleep(seconds - IN_FLIGHT_S)
+    assert confirmed == stage.confirmed() < stage.events, "events were confirmed over a network that stalls"
     stage.proxy.flow()
     stage.over()
 
 
+async def _stalled_dead(stage: Stage, *directions: Direction) -> None:
+    """For so long that the connections die of it."""
+    links = stage.proxy.links
+    await _stalled(stage, LONG_S, *directions)
+    await stage.gone(links)
+
+
 async def half_open(stage: Stage) -> None:
+    links, lost = stage.proxy.links, stage.said(LOST)
     stage.proxy.leave_half_open()
     stage.over()
+    await stage.gone(links)
+    await stage.until(lambda: stage.said(LOST) > lost, "somebody has noticed")
 
 
 async def cut(stage: Stage) -> None:
     for share in (0.25, 0.4, 0.55):
         await stage.published(share)
+        links = stage.proxy.links
         stage.proxy.cut()
-    stage.over()
+        stage.over()
+        await stage.gone(links)
 
 
 # ── queues, policies, arguments ───────────────────────────────────────────────────────────────────────────────────────
@@ -167,7 +269,7 @@ async def queue_deleted(stage: Stage) -> None:
     queue = f"events.{stage.services[0]}"
     for worker in stage.workers:
         await worker.stop()
-    await stage.published(0.5)
+    await stage.published(0.4)
     before: list[int] = []
 
     async def delete() -> None:
@@ -183,9 +285,34 @@ async def queue_deleted(stage: Stage) -> None:
         await stage.until(stage.is_declared, "the queue is there again, and bound")
 
     await stage.paused(delete)
-    await stage.published(0.75)
+    await stage.published(0.55)
     await stage.paused(declare_again)
+    assert stage.destroyed, "nothing was destroyed"
     stage.over()
+
+
+async def queue_deleted_while_consumed(stage: Stage) -> None:
+    """Under workers that stand still for a moment, so that it is known what is in it: all that has no effect yet."""
+    service = stage.services[0]
+    await _freeze(stage)
+    await stage.published(0.35)
+    await stage.pause()
+    undone = "select event from published where event not in (select event from effects where service = ?)"
+    stage.destroyed |= {row[0] for row in stage.books.execute(undone, (service,))}
+    waiting = await _ids_in(stage, f"events.{service}")
+    assert waiting, "nothing is destroyed"
+    assert waiting <= stage.destroyed, "what is handled waits again"
+    lost = stage.said(LOST)
+    await stage.api("DELETE", f"/queues/VHOST/events.{service}")
+    deleted = time.time()
+    for worker in stage.workers:
+        worker.thaw()
+    stage.over()
+    await stage.resume()
+    await stage.until(stage.is_declared, "the queue is there again, and bound")
+    absent = "select event from published where began between ? and ?"
+    stage.destroyed |= {row[0] for row in stage.books.execute(absent, (deleted, time.time()))}
+    await stage.until(lambda: stage.said(LOST) > lost, "its workers have noticed")
 
 
 async def retry_queue_in_conflict(stage: Stage) -> None:
@@ -210,7 +337,7 @@ async def queue_full(stage: Stage) -> None:
     for worker in stage.workers:
         await worker.stop()
     await stage.api("PUT", "/policies/VHOST/small", policy)
-    await asyncio.sleep(2 * SHORT_S)
+    await stage.stands_still(stage.confirmed, 2 * SHORT_S)
     await stage.api("DELETE", "/policies/VHOST/small")
     for worker in stage.workers:
         worker.start()
@@ -223,6 +350,7 @@ async def retry_copy_refused(stage: Stage) -> None:
     }  # fmt: skip
     await stage.api("PUT", "/policies/VHOST/full", policy)
     await asyncio.sleep(2 * SHORT_S)
+    _assert_retries_wait(stage)
     await stage.api("DELETE", "/policies/VHOST/full")
     stage.over()
 
@@ -235,6 +363,7 @@ async def retry_copy_returned(stage: Stage) -> None:
         await stage.api("DELETE", f"{_binding(binding)}/{binding['properties_key']}")
     await stage.resume()
     await asyncio.sleep(4 * SHORT_S)
+    _assert_retries_wait(stage)
     for binding in taken:
         await stage.api("POST", _binding(binding), {"routing_key": binding["routing_key"], "arguments": {}})
     stage.over()
@@ -242,15 +371,18 @@ async def retry_copy_returned(stage: Stage) -> None:
 
 async def retry_exchange_deleted(stage: Stage) -> None:
     await _empty_tree(stage)
+    lost = stage.said(LOST)
     for level in range(LEVELS_USED):
         await stage.api("DELETE", f"/exchanges/VHOST/events.delay.v1.{level:02d}")
     await stage.resume()
     stage.over()
+    await stage.until(lambda: stage.said(LOST) > lost, "somebody has missed the exchange")
 
 
 async def store_cut_off(stage: Stage) -> None:
     stage.books.execute("insert into switches values (?)", (CUT_OFF,))
-    await asyncio.sleep(2 * SHORT_S)
+    await stage.stands_still(stage.handled, 2 * SHORT_S)
+    assert stage.said("consuming pauses"), "nobody has noticed"
     stage.books.execute("delete from switches")
     stage.over()
 
@@ -258,12 +390,28 @@ async def store_cut_off(stage: Stage) -> None:
 # ── helpers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _until_or(condition: Any, longest_s: float) -> None:
-    """Until *condition* holds, or for *longest_s*."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + longest_s
-    while not condition() and loop.time() < deadline:  # noqa: ASYNC110  # other processes bring it about
-        await asyncio.sleep(0.02)
+def _assert_retries_wait(stage: Stage) -> None:
+    waiting = """
+        select count(*) from broken left join effects using (service, event) where effects.at is null and broken.at < ?
+    """
+    assert stage.number(waiting, time.time() - LONG_AGO_S), "no retry was held up"
+
+
+async def _freeze(stage: Stage) -> None:
+    """All workers, none of them in the middle of writing into the books."""
+    stage.books.execute("pragma busy_timeout = 100")
+    while True:
+        for worker in stage.workers:
+            worker.freeze()
+        try:
+            stage.books.execute("begin immediate")
+            stage.books.execute("commit")
+            break
+        except sqlite3.OperationalError:  # locked
+            for worker in stage.workers:
+                worker.thaw()
+            await asyncio.sleep(0.01)
+    stage.books.execute(f"pragma busy_timeout = {BUSY_S * 1000:.0f}")
 
 
 async def _empty_tree(stage: Stage) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,9 +50,21 @@ class Program:
         return self.process.poll() == 0
 
     def kill(self) -> None:
-        """SIGKILL; whoever looks after it starts it anew."""
+        """SIGKILL, which it must not have ended before; whoever looks after it starts it anew."""
         self.process.kill()
-        self.process.wait(ANSWER_S)
+        code = self.process.wait(ANSWER_S)
+        assert code == -signal.SIGKILL, f"it had ended before it was killed, with {code}"
+
+    def freeze(self) -> None:
+        """It keeps its connections, and does nothing until `thaw`."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def said(self, words: str) -> int:
+        """How many lines of its log hold *words*."""
+        return sum(words in line for line in self.log.read_text(errors="replace").splitlines())
 
     async def stop(self) -> None:
         """SIGTERM, and wait until it has ended; it is not started anew."""
@@ -73,7 +86,8 @@ class Program:
     def discard(self) -> None:
         """End it, whatever it is doing."""
         self.is_wanted = False
-        self.kill()
+        self.process.kill()
+        self.process.wait(ANSWER_S)
         self._close()
 
     def _close(self) -> None:

@@ -45,6 +45,11 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def links(self) -> frozenset[object]:
+        """The connections that there are now."""
+        return frozenset(self._links)
+
     def stall(self, *directions: Direction) -> None:
         """Forward nothing that goes in *directions*, old connections and new ones alike; nobody is told."""
         for direction in directions:

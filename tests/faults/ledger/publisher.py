@@ -15,7 +15,7 @@ from pathlib import Path
 
 from eventbus import Bus, Envelope, PublishError
 from tests.faults.ledger.books import SOURCE, open_books
-from tests.faults.ledger.events import Counted, Kind, id_of
+from tests.faults.ledger.events import Counted, Kind, id_of, specials
 
 AT_A_TIME = 200
 
@@ -26,6 +26,7 @@ class Publisher:
     def __init__(self, options: argparse.Namespace, bus: Bus) -> None:
         self._options = options
         self._bus = bus
+        self._specials = specials(options.events, options.every, options.share)
         self._books = open_books(options.books)
         self._slots = asyncio.Semaphore(AT_A_TIME)
         self._goes_on = asyncio.Event()
@@ -69,9 +70,8 @@ class Publisher:
         self._books.execute("update published set confirmed = ? where event = ?", (time.time(), event_id))
 
     def _kind_of(self, number: int) -> Kind:
-        is_special = number % self._options.every == self._options.every // 2
-        kind: Kind = self._options.kind if is_special else "works"
-        return kind
+        kind: Kind = self._options.kind
+        return kind if number in self._specials else "works"
 
     async def listen(self) -> None:
         """Do what standard input says."""
@@ -104,4 +104,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int)
     parser.add_argument("--kind")
     parser.add_argument("--every", type=int)
+    parser.add_argument("--share", type=float)
     asyncio.run(main(parser.parse_args()))

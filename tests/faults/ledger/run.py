@@ -18,16 +18,15 @@ from pathlib import Path
 
 from tests.faults.ledger.books import open_books
 from tests.faults.ledger.cells import Cell
-from tests.faults.ledger.count import Count, count, first_effect_after
+from tests.faults.ledger.count import Count, all_handle_again, count
+from tests.faults.ledger.events import specials
 from tests.faults.ledger.processes import Program, look_after
 from tests.faults.ledger.proxy import Proxy
 from tests.faults.ledger.stage import Stage
 from tests.servers import BrokerServer
 
-WHOLE_S = 110.0  # for a cell's events to be handled; what is not then is lost
 QUIET_S = 12.0  # nothing waits anywhere, and nothing has happened for so long: it will not happen any more
 SETTLING_S = 20.0
-FLOW_S = 8.0  # events flow for so long at least, or a fault would come when they are over
 KEPT = Path(".eventbus/ledger")  # what bad cells leave behind
 
 Progress = Callable[[int, int], None]  # effects so far, and effects in all
@@ -40,7 +39,6 @@ class Result:
     cell: Cell
     broker: str
     counted: Count
-    expected_dead: int
     events: int
     recovery_s: float | None
     took_s: float
@@ -50,9 +48,19 @@ class Result:
 
     @property
     def is_good(self) -> bool:
-        """Nothing lost, nothing done twice, and nobody given up who need not be."""
-        counted = self.counted
-        return not counted.lost and not counted.done_twice and len(counted.dead_lettered) <= self.expected_dead
+        return not self.failings
+
+    @property
+    def failings(self) -> tuple[str, ...]:
+        """What a cell must not show: lost events, work done twice, needless dead letters, a late recovery."""
+        counted, bound_s = self.counted, self.cell.recovers_within_s
+        found = {
+            f"lost {len(counted.lost)}": bool(counted.lost),
+            f"done twice {len(counted.done_twice)}": bool(counted.done_twice),
+            f"given up {len(counted.dead_lettered)}": len(counted.dead_lettered) > self.cell.dead_letters,
+            f"recovery not within {bound_s:g} s": self.recovery_s is not None and self.recovery_s > bound_s,
+        }
+        return tuple(what for what, is_so in found.items() if is_so)
 
 
 async def run_cell(
@@ -73,14 +81,19 @@ async def run_cell(
         acting = asyncio.create_task(_act(cell, stage))
         dead = await _until_settled(cell, stage, acting, quiet_s, progress)
         await _stop(stage)
-        counted = count(stage.books, stage.services, dead | await stage.dead_letters(), stage.destroyed)
+        counted = _counted(cell, stage, dead | await stage.dead_letters())
         result = Result(
-            cell, broker.line, counted, cell.dead_letters, number, _recovery_s(stage),
+            cell, broker.line, counted, number, _recovery_s(stage),
             took_s=time.monotonic() - began, started=started, seed=chosen, versions=versions_of(broker),
         )  # fmt: skip
         if not result.is_good and saboteur is None:
             _keep(stage, f"{broker.line}-{cell.name}-{chosen}")
     return result
+
+
+def _counted(cell: Cell, stage: Stage, dead: set[str]) -> Count:
+    publishing = stage.specials if cell.kind == "publishes-and-exits" else ()
+    return count(stage.books, stage.services, dead, stage.destroyed, publishing)
 
 
 def _keep(stage: Stage, name: str) -> None:
@@ -110,11 +123,12 @@ async def staged(
         books = open_books(file)
         async with Proxy(parts.hostname or "127.0.0.1", parts.port or 5672) as proxy:
             via = _via(url, proxy.own_port, cell.heartbeat_s)
-            rate = min(cell.rate, events / FLOW_S)
+            rate = min(cell.rate, events / cell.flow_s)
             publisher = Program(
                 "tests.faults.ledger.publisher",
-                ["--url", via, "--books", str(file), "--events", str(events), "--rate", str(rate),
-                 "--seed", str(seed), "--kind", cell.kind, "--every", str(min(cell.every, events))],
+                ["--url", via, "--books", str(file), "--events", str(events if cell.flows else 0),
+                 "--rate", str(rate), "--seed", str(seed), "--kind", cell.kind, "--every", str(cell.every),
+                 "--share", str(cell.share)],
                 Path(folder) / "publisher.log",
             )  # fmt: skip
             works = ["--url", via, "--books", str(file), "--services", ",".join(cell.services), *cell.worker_options]
@@ -123,7 +137,8 @@ async def staged(
                 Program("tests.faults.ledger.worker", works, Path(folder) / f"worker-{n}.log")
                 for n in range(cell.workers)
             ]
-            stage = Stage(broker, url, proxy, books, events, cell.services, publisher, workers)
+            stage = Stage(broker, url, proxy, books, events, cell.services, publisher, workers,
+                          specials(events, cell.every, cell.share), seed)  # fmt: skip
             for worker in workers:
                 worker.start()
             looking = None
@@ -158,7 +173,7 @@ async def _until_settled(
 ) -> set[str]:
     """Return when every event is accounted for, or nothing moves any more; the dead letters that were seen."""
     wanted = stage.events * len(stage.services)
-    deadline = time.monotonic() + WHOLE_S
+    deadline = time.monotonic() + cell.within_s
     moved, seen = time.monotonic(), -1
     dead: set[str] = set()
     while time.monotonic() < deadline:
@@ -169,7 +184,7 @@ async def _until_settled(
         if handled != seen or not acting.done() or not stage.publisher.has_ended:
             moved, seen = time.monotonic(), handled
             continue
-        if not count(stage.books, stage.services, dead, stage.destroyed).lost:
+        if not _counted(cell, stage, dead).lost:
             break
         if time.monotonic() - moved > 2:
             dead = await stage.dead_letters()
@@ -177,7 +192,7 @@ async def _until_settled(
             break
     if not acting.done():
         acting.cancel()
-        raise AssertionError(f"{cell.name}: the fault was not over after {WHOLE_S:.0f} s")
+        raise AssertionError(f"{cell.name}: the fault was not over after {cell.within_s:.0f} s")
     await _until_empty(stage)
     return dead
 
@@ -203,5 +218,5 @@ async def _stop(stage: Stage) -> None:
 def _recovery_s(stage: Stage) -> float | None:
     if stage.fault_ended is None:
         return None
-    first = first_effect_after(stage.books, stage.fault_ended)
+    first = all_handle_again(stage.books, stage.services, stage.fault_ended)
     return None if first is None else round(first - stage.fault_ended, 3)

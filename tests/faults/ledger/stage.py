@@ -30,6 +30,8 @@ class Stage:
     services: tuple[str, ...]
     publisher: Program
     workers: list[Program]
+    specials: frozenset[int]  # the numbers of the events that are of the cell's kind
+    seed: int
     fault_ended: float | None = None
     destroyed: set[str] = field(default_factory=set)
 
@@ -53,6 +55,27 @@ class Stage:
 
     def confirmed(self) -> int:
         return self.number("select count(*) from published where confirmed not null")
+
+    def said(self, words: str) -> int:
+        """How many lines of all programs' logs hold *words*."""
+        return sum(program.said(words) for program in [self.publisher, *self.workers])
+
+    async def stands_still(self, figure: Callable[[], int], seconds: float) -> None:
+        """Until *figure* has not grown for so long: what was to be broken is broken."""
+        seen, since = figure(), time.monotonic()
+
+        def has_rested() -> bool:
+            nonlocal seen, since
+            if (now := figure()) != seen:
+                seen, since = now, time.monotonic()
+            return time.monotonic() - since >= seconds
+
+        await self.until(has_rested, "nothing goes on")
+
+    async def gone(self, links: frozenset[object]) -> None:
+        """Until none of the connections *links* is left."""
+        assert links, "nobody was connected"
+        await self.until(lambda: not links & self.proxy.links, "all connections have ended")
 
     def handled(self) -> int:
         """How many effects there are, of all services."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from eventbus import Context, Retry, Service, run
 from tests.faults.ledger import saboteurs
-from tests.faults.ledger.books import SharedStore, open_books
+from tests.faults.ledger.books import FOLLOWS, SharedStore, open_books
 from tests.faults.ledger.events import Counted, Followed
 
 WORK_S = 0.005  # long enough for a kill to fall into it
@@ -26,6 +26,7 @@ TIMEOUT = timedelta(seconds=3)
 # Each a single level of the delay tree: a cell that makes its queues refuse is about the copies that we publish, not
 # about what a broker cannot move on from one level to the next, and tries again only after three minutes.
 RETRY = Retry(attempts=10, delay=timedelta(milliseconds=250), factor=2.0, max_delay=timedelta(seconds=4), jitter=0.0)
+WRITE_RUN = "insert into runs values (?, ?, ?, ?, ?)"
 WRITE_EFFECT = """
 insert into effects values (?, ?, ?, ?, 1) on conflict (service, event) do update set count = count + 1
 """
@@ -38,27 +39,35 @@ class NoException(BaseException):
 def counting(name: str, books: sqlite3.Connection, options: argparse.Namespace) -> Service:
     """The service *name*, which does each event's work."""
     timeout = timedelta(minutes=1) if options.patient else TIMEOUT
-    service = Service(name, retry=RETRY, timeout=timeout, prefetch=options.prefetch)
+    service = Service(name, retry=RETRY, timeout=timeout, prefetch=options.prefetch, concurrency=options.concurrency)
 
     @service.on(Counted)
     async def handle(event: Counted, context: Context) -> None:
         event_id = context.envelope.id
-        began = (name, event_id, event.number, context.attempt, time.time())
-        runs = books.execute("select count(*) from runs where service = ? and event = ?", (name, event_id)).fetchone()
-        books.execute("insert into runs values (?, ?, ?, ?, ?)", began)
+        is_first = event.kind != "works" and not has_run(books, name, event_id)
+        books.execute(WRITE_RUN, (name, event_id, event.number, context.attempt, time.time()))
         await asyncio.sleep(options.work_s)
-        if runs[0] == 0 or event.kind == "poison":
-            await misbehave(event, context)
+        if event.kind == "publishes-and-exits":
+            await context.publish(Followed(number=event.number))  # by every run, with the same id
+        if is_first or event.kind == "poison":
+            books.execute("insert into broken values (?, ?, ?, ?)", (name, event_id, event.number, time.time()))
+            await misbehave(event)
         books.execute(WRITE_EFFECT, (name, event_id, event.number, time.time()))
 
     @service.on(Followed)
     async def follow(event: Followed, context: Context) -> None:
-        books.execute(WRITE_EFFECT, (f"{name} follows", context.envelope.id, event.number, time.time()))
+        books.execute(WRITE_RUN, (name + FOLLOWS, context.envelope.id, event.number, context.attempt, time.time()))
+        books.execute(WRITE_EFFECT, (name + FOLLOWS, context.envelope.id, event.number, time.time()))
 
     return service
 
 
-async def misbehave(event: Counted, context: Context) -> None:
+def has_run(books: sqlite3.Connection, service: str, event: str) -> bool:
+    question = "select 1 from runs where service = ? and event = ?"
+    return books.execute(question, (service, event)).fetchone() is not None
+
+
+async def misbehave(event: Counted) -> None:
     """What the event's kind does to a handler the first time."""
     match event.kind:
         case "works":
@@ -73,10 +82,7 @@ async def misbehave(event: Counted, context: Context) -> None:
             raise NoException
         case "blocks":
             time.sleep(BLOCKED_S)  # noqa: ASYNC251  # the point
-        case "publishes-and-exits":
-            await context.publish(Followed(number=event.number))
-            os._exit(1)
-        case "exits" | "poison":
+        case "publishes-and-exits" | "exits" | "poison":
             os._exit(1)
 
 
@@ -96,6 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--services")
     parser.add_argument("--work-s", type=float, default=WORK_S)
     parser.add_argument("--prefetch", type=int, default=100)
+    parser.add_argument("--concurrency", type=int, default=100)
     parser.add_argument("--lease-s", type=float, default=30, help="the longest lease that the store gives")
     parser.add_argument("--patient", action="store_true", help="handlers may take a minute")
     parser.add_argument("--saboteur", choices=list(saboteurs.ALL))
