@@ -284,7 +284,7 @@ async def test_a_queue_that_a_bug_left_unserved_is_missing_and_served_again(
 def test_a_memory_alarm_is_red_though_nothing_is_published(alarming: BrokerServer, shop: Path) -> None:
     with working(shop, alarming.new_vhost()) as worker:
         alarming.ctl("set_vm_memory_high_watermark", "0.0000001")
-        worker.is_red("publishing: the broker takes nothing in and has blocked the connection", "alarm")
+        worker.is_red("publishing: the broker takes nothing in and has blocked the connection", "low on memory")
         assert worker.get("/ready")[1] == [p for p in worker.get("/ready")[1] if p.startswith("publishing: ")]
         assert worker.get("/live")[0] == 200
         alarming.ctl("set_vm_memory_high_watermark", "0.6")

@@ -47,7 +47,7 @@ class RabbitMQ:
 
     async def open(self, topology: Topology, declare: Declare) -> None:
         publisher = Publisher(
-            lambda: self._session("publishing", topology, declare),
+            lambda: self._session("publishing", topology, declare, is_publishing=True),
             self._address,
             max_message_bytes=self._max_message_bytes,
             window=self._window,
@@ -95,9 +95,15 @@ class RabbitMQ:
             await self._publisher.close()
 
     async def _session(
-        self, purpose: str, topology: Topology, declare: Declare, *, is_careful: bool = False
+        self,
+        purpose: str,
+        topology: Topology,
+        declare: Declare,
+        *,
+        is_careful: bool = False,
+        is_publishing: bool = False,
     ) -> Session:
-        session = await connect(self._url, purpose, is_careful=is_careful)
+        session = await connect(self._url, purpose, is_careful=is_careful, is_publishing=is_publishing)
         try:
             await declare_topology(session, topology, declare)
         except BaseException:

@@ -33,7 +33,7 @@ class Asking:
     @property
     def cluster(self) -> str:
         """What the broker calls itself, to know it again elsewhere."""
-        return str((self.session._underlay.server_properties or {}).get("cluster_name", ""))
+        return self.session.server.cluster
 
     async def queues(self, names: Iterable[str]) -> Mapping[str, Standing]:
         """Those of *names* that exist.

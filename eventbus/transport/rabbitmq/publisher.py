@@ -89,9 +89,7 @@ class Publisher:
             return str(self._refused)
         if not session.is_live:
             return f"no connection to the broker ({session.reason})"
-        if session.is_blocked:
-            return "the broker takes nothing in and has blocked the connection: it is under a memory or disk alarm"
-        return None
+        return _blockage(session)
 
     # ── one message ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -105,7 +103,7 @@ class Publisher:
                 return await self._until_confirmed(encoded, progress)
         except TimeoutError:
             raise NotPublished(
-                f"not confirmed within {timeout_s:g} s: {progress.trouble}",
+                f"not confirmed within {timeout_s:g} s: {_blockage(self._session) or progress.trouble}",
                 maybe_stored=progress.maybe_stored,
                 timed_out=True,
             ) from None
@@ -216,6 +214,12 @@ class Publisher:
         self._changed.set()
 
 
+def _blockage(session: Session | None) -> str | None:
+    if session is None or not session.is_live or session.blocked_by is None:
+        return None
+    return f"the broker takes nothing in and has blocked the connection, under an alarm: {session.blocked_by}"
+
+
 def _too_large(size: int, limit: int) -> Unpublishable:
     return Unpublishable(f"its body takes {size} bytes, and the broker accepts {limit}")
 
@@ -228,6 +232,6 @@ def _is_about(reason: BaseException | None, encoded: Encoded) -> bool:
             limit = TOO_LARGE.search(text)
             return limit is not None and len(encoded.body) > int(limit[1])
         case aiormq.ChannelAccessRefused() | aiormq.ChannelNotFoundEntity():
-            return f"exchange '{encoded.exchange}'" in text
+            return f"exchange '{encoded.exchange or 'amq.default'}'" in text
         case _:
             return False

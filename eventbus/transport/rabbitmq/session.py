@@ -60,6 +60,7 @@ class Server:
     version: str
     line: Line
     frame_max: int
+    cluster: str  # what it calls itself, to know it again elsewhere
 
 
 class _Connection(aio_pika.Connection):
@@ -122,15 +123,12 @@ class Session:
         return channel
 
     @property
-    def is_blocked(self) -> bool:
-        """Whether the broker has said that it takes no more messages on this connection: it is under an alarm."""
-        unblocked = self._underlay.ready()  # the client shows it in no other public way
-        try:
-            unblocked.send(None)
-        except StopIteration:
-            return False
-        unblocked.close()
-        return True
+    def blocked_by(self) -> str | None:
+        """Why the broker takes no more messages on this connection, in its own words; None while it does.
+
+        Only of a session that publishes: the broker tells no other.
+        """
+        return self._wire.blocked_by
 
     def release(self, channel: aiormq.Channel) -> None:
         """From now on *channel* may end alone."""
@@ -215,7 +213,7 @@ def _exception_of(closing: asyncio.Future[Any]) -> BaseException | None:
     return None if closing.cancelled() else closing.exception()
 
 
-async def connect(url: URL, purpose: str, *, is_careful: bool = False) -> Session:
+async def connect(url: URL, purpose: str, *, is_careful: bool = False, is_publishing: bool = False) -> Session:
     """A new session for *purpose*, which the broker's own tools will show.
 
     On a careful one no message can end the connection, however broken its headers are; it reads slower.
@@ -228,7 +226,7 @@ async def connect(url: URL, purpose: str, *, is_careful: bool = False) -> Sessio
     assert connecting is not None
     cancels = connecting.cancelling()
     address = Address.of(url)
-    wire = Wire(is_tls=address.is_tls, is_careful=is_careful)
+    wire = Wire(is_tls=address.is_tls, is_careful=is_careful, is_publishing=is_publishing)
     connection = _Connection(
         url if "heartbeat" in url.query else url.update_query(heartbeat=HEARTBEAT_S),
         client_properties={"connection_name": f"{_program()}: {purpose}", "product": "eventbus"},
@@ -255,7 +253,8 @@ def _server(connection: _Connection) -> Server:
     underlay = connection.transport.connection
     stated = underlay.server_properties or {}
     product, version = str(stated.get("product", "something unnamed")), str(stated.get("version", ""))
-    return Server(product, version, line_of(product, version), underlay.connection_tune.frame_max)
+    cluster = str(stated.get("cluster_name", ""))
+    return Server(product, version, line_of(product, version), underlay.connection_tune.frame_max, cluster)
 
 
 def _program() -> str:

@@ -1,16 +1,19 @@
-"""A header frame that the client cannot read becomes one of the same length that it can."""
+"""A header frame that the client cannot read becomes one of the same length that it can; and why a broker blocks."""
 
 from __future__ import annotations
 
+import asyncio
 import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pamqp.commands import Basic
+from pamqp.commands import Basic, Connection
+from pamqp.frame import marshal
 from pamqp.header import ContentHeader
+from yarl import URL
 
-from eventbus.transport.rabbitmq.wire import UNREADABLE_DELIVERY_MODE, readable
+from eventbus.transport.rabbitmq.wire import UNREADABLE_DELIVERY_MODE, Wire, readable
 
 HEADERS = 0x2000
 
@@ -60,3 +63,48 @@ def test_whatever_a_header_holds_it_can_be_read_afterwards(flags: int, propertie
 
     assert len(mended) == 14 + len(properties)
     assert read(mended).body_size == 77
+
+
+# ── why the broker takes nothing in ─────────────────────────────────────────────────────────────────
+
+
+async def read_frame(reader: asyncio.StreamReader) -> bytes:
+    """A frame, in the pieces in which the client reads it."""
+    head = await reader.readexactly(1) + await reader.readexactly(6)
+    return head + await reader.readexactly(int.from_bytes(head[3:], "big") + 1)
+
+
+async def heard(wire: Wire, *frames: bytes) -> list[str | None]:
+    """What *wire* says of the broker after each of *frames*."""
+
+    async def send(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"".join(frames))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(send, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        reader, _ = await wire.create(URL(f"amqp://{host}:{port}"))
+        wire.opened()
+        said = []
+        for frame in frames:
+            assert await read_frame(reader) == frame
+            said.append(wire.blocked_by)
+        wire.abort()
+    return said
+
+
+@pytest.mark.parametrize("reason", ["low on memory", "low on disk", ""])
+async def test_a_connection_that_publishes_hears_why_it_is_blocked_until_it_is_not(reason: str) -> None:
+    ack = marshal(Basic.Ack(delivery_tag=1), 1)
+    blocked, unblocked = marshal(Connection.Blocked(reason), 0), marshal(Connection.Unblocked(), 0)
+
+    said = await heard(Wire(is_tls=False, is_careful=False, is_publishing=True), ack, blocked, ack, unblocked, ack)
+
+    assert said == [None, reason, reason, None, None]
+
+
+async def test_a_body_is_not_taken_for_a_method() -> None:
+    body = b"\x03" + marshal(Connection.Blocked("no"), 1)[1:]
+
+    assert await heard(Wire(is_tls=False, is_careful=True, is_publishing=True), body) == [None]
