@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Literal, Self, assert_never
 
 from eventbus import message as header
 from eventbus.bus import DEFAULT_PUBLISH_TIMEOUT
 from eventbus.dead_letters import death_of, read, time_of
-from eventbus.delay import LEVELS, way
+from eventbus.delay import LEVELS
 from eventbus.desk import Desk, envelope_of, id_of
 from eventbus.envelope import Envelope
 from eventbus.errors import SetupError
@@ -76,8 +76,7 @@ class Undeliverable:
     async def replay(self, which: Callable[[UndeliverableMessage], bool] = lambda _: True) -> int:
         """Publish those that *which* picks to where they were going, and return how many went.
 
-        Each is confirmed, then removed. What still has no subscriber, or no known target, stays. What goes to a queue
-        that is still missing comes back here: `queue_of` names it, to be looked for first.
+        Each is confirmed, then removed. What still has no subscriber, no queue or no known target stays.
 
         Raises:
             TransportError: one was not confirmed; it and those behind it stay.
@@ -141,35 +140,21 @@ def _is_service(name: str) -> bool:
     return True
 
 
-def queue_of(names: Names, undelivered: UndeliverableMessage) -> str | None:
-    """The queue that *undelivered* needs; None where there is no one queue of that kind."""
-    if undelivered.target is None:
-        return None
-    match undelivered.why:
-        case "no-retry-queue":
-            return names.retry_queue(undelivered.target)
-        case "no-dead-queue" | "taken-from-dead-letters":
-            return names.dead_queue(undelivered.target)
-        case "no-subscriber" | "unknown":
-            return None
-        case _:
-            assert_never(undelivered.why)
-
-
 def again(names: Names, undelivered: UndeliverableMessage, message: Message) -> Publication | None:
     """How *message* is published to where it was going; None if nobody can tell where that was."""
     target = undelivered.target
     if target is None:
         return None
+    # To the queue itself: from an exchange that it is not bound to the message would come back here, without a word.
     match undelivered.why:
         case "no-retry-queue":
             # It has waited its time. Handler and attempt stand in its headers, and stay.
-            return Publication(names.delay_end, way(timedelta(0), f"retry.{target}").key, message.republished())
+            return Publication("", names.retry_queue(target), message.republished())
         case "no-subscriber":
             # Not to the tree's end, which would bring it back here without a word.
             return Publication(names.events, target, message.republished())
         case "no-dead-queue" | "taken-from-dead-letters":
-            return Publication(names.dead_exchange, target, message.republished(_reason(message, target)))
+            return Publication("", names.dead_queue(target), message.republished(_reason(message, target)))
         case "unknown":
             return None
         case _:

@@ -126,17 +126,9 @@ async def _all(place: Place) -> list[UndeliverableMessage]:
 
 
 async def _replay(place: Place, chosen: list[UndeliverableMessage]) -> int:
-    """Those whose queue is there. Published to a missing one they would come back here, without a word."""
-    from eventbus.transport.rabbitmq.asking import asking
-    from eventbus.undeliverable import queue_of
-
-    needed = {message.id: queue_of(place.names, message) for message in chosen}
-    async with asking(place.url) as questions:
-        there = await questions.queues({queue for queue in needed.values() if queue is not None})
-    # What came since the list was made was not agreed to.
-    possible = {known for known, queue in needed.items() if queue is None or queue in there}
+    agreed = {message.id for message in chosen}  # what came since the list was made was not agreed to
     async with _desk(place) as desk:
-        return await desk.replay(lambda message: message.id in possible)
+        return await desk.replay(lambda message: message.id in agreed)
 
 
 def _desk(place: Place) -> Undeliverable:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any  # Any: JSON as the program prints it
 from urllib.parse import quote
 
 import pytest
 
+from eventbus.delay import LEVELS
 from tests.programs import DEADLINE_S, Done, eventbus, on_a_terminal, running
 from tests.servers import BrokerServer, vhost_of
 
@@ -29,6 +31,7 @@ async def mail(event: Ordered, context: Context) -> None:
     if event.order == "later" and context.attempt == 1:
         raise RetryLater(timedelta(seconds=12))  # its queue is deleted long before
 """
+TAKE_ALL = {"count": 10, "ackmode": "ack_requeue_false", "encoding": "auto"}
 
 
 class Shop:
@@ -56,8 +59,11 @@ class Shop:
                 worker.wait_for(text)
             worker.end()
 
+    def api(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Any:
+        return self.broker.api(method, path, body)
+
     def delete_queue(self, name: str) -> None:
-        self.broker.api("DELETE", f"/queues/{self.vhost}/{name}")
+        self.api("DELETE", f"/queues/{self.vhost}/{name}")
 
     def listed(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self("undeliverable", "list", "--json").json
@@ -142,18 +148,40 @@ def test_a_dead_letter_without_a_queue_is_caught_and_becomes_one(shop: Shop) -> 
     ]
 
 
+def test_what_goes_to_a_queue_that_is_there_but_not_bound_reaches_it(shop: Shop) -> None:
+    shop.apply()
+    bits = ".".join("0" * LEVELS)
+    ways = {"retry": ("events.delay.v1.end", f"{bits}.retry.mails"), "dead": ("events.dead", "mails")}
+    for kind, (exchange, key) in ways.items():
+        bindings = f"/bindings/{shop.vhost}/e/{exchange}/q/events.mails.{kind}"
+        (binding,) = shop.api("GET", bindings)
+        shop.api("DELETE", f"{bindings}/{quote(binding['properties_key'], safe='')}")
+        body = {"properties": {}, "routing_key": key, "payload": kind, "payload_encoding": "string"}
+        shop.api("POST", f"/exchanges/{shop.vhost}/{exchange}/publish", body)
+
+    caught = {message["why"] for message in shop.listed()}
+    done = replayed(shop)
+
+    assert caught == {"no-retry-queue", "no-dead-queue"}
+    assert done == (0, {"replayed": 2, "left": 0})
+    assert shop.listed() == []
+    assert len(shop.dead()) == 1
+    (again,) = shop.api("POST", f"/queues/{shop.vhost}/events.mails.retry/get", TAKE_ALL)
+    assert again["payload"] == "retry"
+
+
 def test_what_a_policy_took_from_the_dead_letters_can_be_put_back(shop: Shop) -> None:
     shop.apply()
     policy = f"/operator-policies/{shop.vhost}/limits"
     body = {"pattern": r"^events\.mails\.dead$", "definition": {"message-ttl": 1}, "apply-to": "queues"}
-    shop.broker.api("PUT", policy, body)
+    shop.api("PUT", policy, body)
     with running("run", "shop", "--url", shop.url, cwd=shop.cwd, wait_for="ready") as worker:
         shop.publish("bad")
         worker.wait_for("gave up (rejected)")
         worker.end()
 
     message = shop.one()
-    shop.broker.api("DELETE", policy)
+    shop.api("DELETE", policy)
     done = replayed(shop)
 
     assert (message["why"], message["target"]) == ("taken-from-dead-letters", "mails")
@@ -169,7 +197,7 @@ def test_what_is_not_ours_is_shown_and_stays(shop: Shop) -> None:
         "payload": "who am I",
         "payload_encoding": "string",
     }
-    shop.broker.api("POST", f"/exchanges/{shop.vhost}/events.undeliverable/publish", body)
+    shop.api("POST", f"/exchanges/{shop.vhost}/events.undeliverable/publish", body)
 
     message = shop.one()
     for_people = shop("undeliverable", "show", message["id"])

@@ -13,10 +13,10 @@ from eventbus import Bus, Event, Service, SetupError, Worker
 from eventbus import message as header
 from eventbus.delay import LEVELS
 from eventbus.message import Message
-from eventbus.topology import Names, shared
+from eventbus.topology import Names, Queue, Topology, merge, quorum, shared
 from eventbus.transport.base import Publication
 from eventbus.transport.memory import MemoryTransport
-from eventbus.undeliverable import Undeliverable, UndeliverableMessage, again, interpret, queue_of
+from eventbus.undeliverable import Undeliverable, UndeliverableMessage, again, interpret
 
 NAMES = Names()
 URL = "memory://test-undeliverable"
@@ -34,32 +34,37 @@ def undelivered(exchange: str, key: str, **headers: object) -> UndeliverableMess
 
 
 @pytest.mark.parametrize(
-    ("exchange", "key", "headers", "why", "target", "queue"),
+    ("exchange", "key", "headers", "why", "target"),
     [
-        (*RETRY, {}, "no-retry-queue", "mails", "events.mails.retry"),
-        (*DELAYED, {}, "no-subscriber", "shop.order_placed.v1", None),
-        (*DEAD, {}, "no-dead-queue", "mails", "events.mails.dead"),
-        ("events.undeliverable", "mails", TAKEN, "taken-from-dead-letters", "mails", "events.mails.dead"),
-        ("events.undeliverable", "mails", {}, "unknown", None, None),
-        ("events.dead", "Not A Service", {}, "unknown", None, None),
-        ("events.delay.v1.end", f"{BITS}.elsewhere.mails", {}, "unknown", None, None),
-        ("events.delay.v1.end", f"{BITS}.retry.a.b", {}, "unknown", None, None),
-        ("events.delay.v1.end", "short.key", {}, "unknown", None, None),
-        ("staging.dead", "mails", {}, "unknown", None, None),
+        (*RETRY, {}, "no-retry-queue", "mails"),
+        (*DELAYED, {}, "no-subscriber", "shop.order_placed.v1"),
+        (*DEAD, {}, "no-dead-queue", "mails"),
+        ("events.undeliverable", "mails", TAKEN, "taken-from-dead-letters", "mails"),
+        ("events.undeliverable", "mails", {}, "unknown", None),
+        ("events.dead", "Not A Service", {}, "unknown", None),
+        ("events.delay.v1.end", f"{BITS}.elsewhere.mails", {}, "unknown", None),
+        ("events.delay.v1.end", f"{BITS}.retry.a.b", {}, "unknown", None),
+        ("events.delay.v1.end", "short.key", {}, "unknown", None),
+        ("staging.dead", "mails", {}, "unknown", None),
     ],
 )
 def test_exchange_and_key_say_where_it_was_going(
-    exchange: str, key: str, headers: dict[str, object], why: str, target: str | None, queue: str | None
+    exchange: str, key: str, headers: dict[str, object], why: str, target: str | None
 ) -> None:
     found = undelivered(exchange, key, **headers)
 
-    assert (found.why, found.target, queue_of(NAMES, found)) == (why, target, queue)
+    assert (found.why, found.target) == (why, target)
     assert found.body == b"body"
 
 
 @pytest.mark.parametrize(
     ("place", "goes_to"),
-    [(RETRY, RETRY), (DELAYED, ("events", "shop.order_placed.v1")), (DEAD, DEAD), (("events", "x"), None)],
+    [
+        (RETRY, ("", "events.mails.retry")),
+        (DELAYED, ("events", "shop.order_placed.v1")),
+        (DEAD, ("", "events.mails.dead")),
+        (("events", "x"), None),
+    ],
 )
 def test_it_is_published_to_where_it_was_going(place: tuple[str, str], goes_to: tuple[str, str] | None) -> None:
     publication = again(NAMES, undelivered(*place), Message({}, b"body"))
@@ -106,7 +111,7 @@ def test_it_says_since_when_as_far_as_the_broker_does() -> None:
 
 @given(st.text(max_size=60), st.text(max_size=60), st.dictionaries(st.text(max_size=9), st.text(max_size=9)))
 def test_whatever_is_there_can_be_looked_at(exchange: str, key: str, headers: dict[str, str]) -> None:
-    assert undelivered(exchange, key, **headers).id
+    assert interpret(NAMES, exchange, key, Message(headers, b"body")).id
 
 
 # ── on a broker ─────────────────────────────────────────────────────────────────────────────────────
@@ -146,6 +151,19 @@ async def test_what_came_without_a_subscriber_stays_until_there_is_one() -> None
             assert await replayed() == 1
             await asyncio.wait_for(handled.wait(), 10)
         assert await listed() == []
+
+
+async def test_what_has_a_queue_goes_there_bound_or_not_and_what_has_none_stays() -> None:
+    unbound = Queue(NAMES.dead_queue("mails"), quorum())
+    transport = MemoryTransport(URL)
+    await transport.open(merge([shared(NAMES), Topology((), (unbound,))]), "apply")
+    for exchange, key in (DEAD, RETRY):
+        await transport.publish(Publication(exchange, key, Message({}, key.encode())), timeout_s=5)
+
+    assert await replayed() == 1
+    assert [message.why for message in await listed()] == ["no-retry-queue"]
+    assert transport.embedded.depth(unbound.name) == 1
+    await transport.close()
 
 
 async def test_only_what_is_picked_goes() -> None:
