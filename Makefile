@@ -17,15 +17,20 @@ setup: $(VENV)/.dev  ## .venv with everything, once and again when pyproject.tom
 demo: $(VENV)/.shop  ## the shop at work; URL=amqp://... on that broker, KEEP=1 leaves it up, SABOTAGE=lose|twice
 	@$(BIN)/eventbus demo $(if $(URL),--url '$(URL)') $(if $(KEEP),--keep) $(if $(SABOTAGE),--sabotage $(SABOTAGE))
 
-test: $(VENV)/.dev  ## all tests, against a real RabbitMQ that they get themselves; ARGS=... for pytest
-	@$(BIN)/python -m pytest $(ARGS)
+# In processes that each have brokers of their own; whoever is free takes over tests that wait for another.
+# WORKERS=0: in this process, as `pytest PATH` does, for a debugger or to see what tests print.
+WORKERS := 3
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
+test: $(VENV)/.dev  ## all tests, against real RabbitMQs that they get themselves; ARGS=... for pytest, WORKERS=3
+	@$(PYTEST) $(ARGS)
 
 test-all: $(VENV)/.dev  ## the same on every broker line that this machine has: 3.10 native, 4.0 and 4.3 in containers
-	@$(BIN)/python -m pytest --all-lines $(ARGS)
+	@$(PYTEST) --all-lines $(ARGS)
 
-ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL=... BROKER=3.10|4.0|4.3 EVENTS=...
+ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL=... BROKER=3.10|4.0|4.3 EVENTS=...; MISSING=1 goes on
 	@$(BIN)/python -m tests.faults.ledger $(if $(CELL),--cell $(CELL)) $(if $(BROKER),--broker $(BROKER)) \
-		$(if $(EVENTS),--events $(EVENTS))
+		$(if $(EVENTS),--events $(EVENTS)) $(if $(MISSING),--missing)
 
 lateness: $(VENV)/.dev  ## is anything early that the delay tree brings, and how late: LEDGER.md; BROKER=... COUNTS=100,1000
 	@$(BIN)/python -m tests.faults.lateness $(if $(BROKER),--broker $(BROKER)) $(if $(COUNTS),--counts $(COUNTS))

@@ -13,6 +13,7 @@ Virtual hosts and own brokers are cleared up, or started again, after each test.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any  # Any: a worker as pytest-xdist hands it over, which is there only if that is installed
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,6 +25,8 @@ settings.register_profile("eventbus", deadline=None, suppress_health_check=[Heal
 settings.load_profile("eventbus")
 
 BROKERS = pytest.StashKey[Brokers]()
+STARTED = pytest.StashKey[set[tuple[str, str]]]()  # line and origin of each broker that this report is about
+REMARKS = pytest.StashKey[dict[str, None]]()  # lines for the end of the report, each once, as they come
 EVERY_LINE = {"every_line": find_lines, "own_broker_of_every_line": find_own_lines}
 
 
@@ -33,10 +36,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[BROKERS] = Brokers()
+    config.stash[STARTED] = set()
+    config.stash[REMARKS] = {}
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[BROKERS].close()
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    stash = session.config.stash
+    brokers, started, remarks = stash[BROKERS], stash[STARTED], stash[REMARKS]
+    started.update((server.line, server.origin) for server in brokers.started())
+    # Here and not later: a worker that says it has finished is given ten seconds to be gone.
+    brokers.close()
+    output = getattr(session.config, "workeroutput", None)  # only where pytest-xdist started us
+    if output is not None:
+        output["started"] = sorted(started)
+        output["remarks"] = list(remarks)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker of pytest-xdist has to report: it ran tests, and has no terminal."""
+    output = getattr(node, "workeroutput", {"started": [], "remarks": []})  # a worker that crashed has none
+    node.config.stash[STARTED].update(output["started"])
+    node.config.stash[REMARKS].update(dict.fromkeys(output["remarks"]))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -46,18 +67,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    started = config.stash[BROKERS].started()
+    started = config.stash[STARTED]
     if started:
-        origins = sorted({server.origin for server in started})
+        tested = {line for line, _ in started}
         missing = [line for line in LINES if line not in find_lines()]
-        left_out = [line for line in find_lines() if line not in {server.line for server in started}]
-        terminalreporter.write_line(f"brokers: {'; '.join(origins)}")
+        left_out = [line for line in find_lines() if line not in tested]
+        terminalreporter.write_line(f"brokers: {'; '.join(sorted({origin for _, origin in started}))}")
         if left_out:
             terminalreporter.write_line(
                 f"broker lines that are here, but were not tested (make test-all does): {left_out}"
             )
         if missing:
             terminalreporter.write_line(f"broker lines that were not tested, since they are not here: {missing}")
+    for remark in config.stash[REMARKS]:
+        terminalreporter.write_line(remark)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ from services.demo.stage import LISTENERS
 from tests.servers import BrokerServer, vhost_of
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0  # seven on an idle computer, and many times that beside other tests on a busy one
 FIGURES = {"published": 145, "handled": 508, "duplicates": 9, "retried": 6, "dead_lettered": 1, "lost": 0}
 
 
@@ -91,7 +91,7 @@ def run(folder: Path, *arguments: str) -> tuple[int, str, str]:
 def figures_of(out: str) -> dict[str, float]:
     """The last line of stdout, without the time that it took."""
     figures: dict[str, float] = json.loads(out.splitlines()[-1])
-    assert 0 < figures.pop("seconds") < 60
+    assert 0 < figures.pop("seconds") < DEADLINE_S
     return figures
 
 

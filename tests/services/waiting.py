@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 PAUSE_S = 0.02
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], what: str, deadline_s: float = 20.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], what: str, deadline_s: float = 60.0) -> None:
     """Return once *condition* holds; *what* says in the failure what was waited for."""
     try:
         async with asyncio.timeout(deadline_s):
