@@ -174,6 +174,7 @@ class ServiceConsumer:
         try:
             envelope = decode(message, received=self._environment.clock.now())
         except EnvelopeError as error:
+            self._environment.sender.telemetry.consumed(None, delivery.queue)
             work = _Work(delivery, None, None, None, attempt)
             return [await self._settle(work, Refused("invalid-envelope", str(error)), attempt)]
         self._environment.sender.telemetry.consumed(envelope.type, delivery.queue)

@@ -30,6 +30,7 @@ log = logging.getLogger("eventbus")
 
 # The conventions' own boundaries, in seconds.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+INVALID_ENVELOPE = "invalid-envelope"  # as dead letters call it
 _ORIGIN_PREFIX = "cloudEvents_"
 _propagator = TraceContextTextMapPropagator()
 
@@ -168,9 +169,14 @@ class Telemetry:
                 span.set_status(trace.Status(trace.StatusCode.ERROR, processing.error_type))
                 span.set_attribute("error.type", processing.error_type)
 
-    def consumed(self, type_: str, queue: str) -> None:
-        """Count one delivery."""
-        self._consumed.add(1, self._attributes("process", f"{self._names.events}:{type_}:{queue}"))
+    def consumed(self, type_: str | None, queue: str) -> None:
+        """Count one delivery; *type_* is None where it is no event."""
+        if type_ is None:
+            # Without its key, which may be anything at all: each would be a time series of its own, for ever.
+            attributes = self._attributes("process", f"{self._names.events}:{queue}") | {"error.type": INVALID_ENVELOPE}
+        else:
+            attributes = self._attributes("process", f"{self._names.events}:{type_}:{queue}")
+        self._consumed.add(1, attributes)
 
     def unroutable(self, type_: str) -> None:
         """Count one event that no queue took."""

@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from eventbus import Context, Envelope, Event, PublishError, Reject, Retry, Service, SetupError
 from eventbus.envelope import encode
+from eventbus.message import Message
 from eventbus.telemetry import fields, install_sdk
 from eventbus.transport.base import NotPublished, Publication
 from tests.rig import Rig
@@ -310,6 +311,18 @@ async def test_the_four_metrics_count_what_was_sent_taken_and_handled(sdk: Sdk) 
             assert isinstance(point, HistogramDataPoint)
             assert point.explicit_bounds[:3] == (0.005, 0.01, 0.025)
             assert attributes(point)["messaging.system"] == "rabbitmq"
+
+
+async def test_a_delivery_that_is_no_event_is_counted_whatever_its_key_is(sdk: Sdk) -> None:
+    mails = mail()
+    async with Rig(mails) as rig:
+        for number in range(3):
+            await rig.raw(Message({}, b"garbage"), f"captured.{number}")
+        await rig.settled()
+        assert len(rig.dead_letters(mails)) == 3
+
+    assert sdk.counts("messaging.client.consumed.messages") == {("events:events.mail", "invalid-envelope"): 3}
+    assert sdk.counts("messaging.process.duration") == {}
 
 
 async def test_what_nobody_wants_is_counted(sdk: Sdk) -> None:
