@@ -6,6 +6,7 @@ the ports that clients use. So a node that is cut off from the others still has 
 
 from __future__ import annotations
 
+import http.client
 import io
 import json
 import secrets
@@ -242,17 +243,23 @@ class ClusterServer(BrokerServer):
     def wait_for_nodes(self) -> None:
         """Return when every node runs, sees every other one, and lets clients in."""
         deadline = time.monotonic() + START_S
-        seen: Sequence[str] = ()
         while time.monotonic() < deadline:
-            nodes = self.api("GET", "/nodes?columns=name,running,partitions")
-            assert isinstance(nodes, list)
-            seen = [node["name"] for node in nodes if node.get("running") and not node.get("partitions")]
+            seen = self._nodes_seen()
             if len(seen) == len(NODES) and all(self._lets_clients_in(name) for name in NODES):
                 self.cluster.all_are_back()
                 return
             time.sleep(0.2)
         told = self.cluster.log_tail()
         raise ServerError(f"only {', '.join(seen)} of the cluster ran after {START_S:.0f} s; the logs end:\n{told}")
+
+    def _nodes_seen(self) -> Sequence[str]:
+        """The nodes that the one that answers is in a cluster with; it may not be ready to answer."""
+        try:
+            nodes = self.api("GET", "/nodes?columns=name,running,partitions")
+        except (ServerError, OSError, http.client.HTTPException):
+            return ()
+        assert isinstance(nodes, list)
+        return [node["name"] for node in nodes if node.get("running") and not node.get("partitions")]
 
     def _lets_clients_in(self, name: str) -> bool:
         host, port = self.cluster.address_of(name)

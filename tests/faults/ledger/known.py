@@ -1,0 +1,40 @@
+"""What the report says of the brokers' own bugs: clusters are broken on one line only, and the bus can help no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from eventbus.transport.rabbitmq.bugs import OLDEST_WITH_FIXES, Bug, Version, bugs_of, version_of
+
+INTRODUCTION = """\
+
+## Clusters, and the brokers' own bugs
+
+Clusters are broken on 4.3 only. What the other versions are known to do to messages in a cluster, by the numbers of
+RabbitMQ's own issues and pull requests (`eventbus topology verify` tells it of a live broker):
+"""
+
+
+def known_bugs(versions: Iterable[str]) -> list[str]:
+    """The section on *versions*, in lines: what is known of each."""
+    rows = [row for text in sorted(set(versions), key=version_of) for row in _rows(text)]
+    return [INTRODUCTION, "| version | bug | loses messages | fixed in | what |", "|---|---|---|---|---|", *rows]
+
+
+def _rows(text: str) -> list[str]:
+    version = version_of(text)
+    rows = [_row(text, bug) for bug in bugs_of(version)]
+    if version < OLDEST_WITH_FIXES:
+        rows.append(
+            f"| {text} | | not known | never | gets no fixes any more: what was found since was not looked for |"
+        )
+    return rows or [f"| {text} | none known | | | |"]
+
+
+def _row(text: str, bug: Bug) -> str:
+    loses = "yes" if bug.loses else "no: it stands still"
+    return f"| {text} | {bug.source} | {loses} | {_told(bug.fixed)} | {bug.what} |"
+
+
+def _told(version: Version) -> str:
+    return ".".join(map(str, version))
