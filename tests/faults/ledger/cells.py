@@ -130,8 +130,9 @@ def _cluster_cells() -> tuple[Cell, ...]:
         breaking("follower-killed", "a node that leads no queue: SIGKILL, and started again; clients are on the leader",
                  cluster.follower_killed),
         breaking("node-partitioned",
-                 f"the leader cut off from the two others for {cut_s:.0f} s; clients are with the two",
-                 cluster.leader_cut_off, flow_s=cut_s + 20),
+                 f"the leader cut off from the two others for {cut_s:.0f} s; clients are with the two; recovery counts "
+                 f"from the cut, which the two notice after up to {cluster.NOTICED_S:.0f} s",
+                 cluster.leader_cut_off, flow_s=cut_s + 20, recovers_within_s=cluster.NOTICED_S + 10),
         breaking("node-partitioned-with-its-clients",
                  f"the leader and all clients cut off from the two others for {cut_s:.0f} s",
                  cluster.leader_cut_off_with_clients),

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 
-from tests.cluster import NODES, ClusterServer, Members
+from tests.cluster import NET_TICKTIME_S, NODES, ClusterServer, Members
 from tests.faults.ledger.stage import Stage
 
-# Longer than the nodes need to notice (`NET_TICKTIME_S`), and than a publish waits for its confirm.
+# A node that is silent for so long is taken for gone by the others: the most that Erlang's tick time says.
+NOTICED_S = 1.25 * NET_TICKTIME_S
+# Longer than that, and than a publish waits for its confirm.
 CUT_OFF_S = 35.0
 FLOWING = 20  # events handled by every service: they flow again
 
@@ -45,6 +47,7 @@ async def leader_cut_off(stage: Stage) -> None:
     await asyncio.to_thread(_cluster(stage).cluster.cut_off, leader)
     stage.over()
     await asyncio.sleep(CUT_OFF_S)
+    await _assert_the_others_have_noticed(stage, leader)
     await _flows(stage)
     await asyncio.to_thread(_cluster(stage).cluster.heal, leader)
     await _whole(stage)
@@ -54,7 +57,8 @@ async def leader_cut_off_with_clients(stage: Stage) -> None:
     """The clients are with the one that is cut off."""
     leader = await _leader(stage)
     await asyncio.to_thread(_cluster(stage).cluster.cut_off, leader)
-    await asyncio.sleep(CUT_OFF_S)
+    await stage.stands_still(stage.confirmed, CUT_OFF_S)
+    await _assert_the_others_have_noticed(stage, leader)
     await asyncio.to_thread(_cluster(stage).cluster.heal, leader)
     stage.over()
     await _whole(stage)
@@ -98,8 +102,14 @@ async def _kill_and_bring_back(stage: Stage, node: str) -> None:
     await asyncio.to_thread(_cluster(stage).cluster.kill_node, node)
     stage.over()
     await _flows(stage)
+    await _assert_the_others_have_noticed(stage, node)
     await asyncio.to_thread(_cluster(stage).cluster.start_node, node)
     await _whole(stage)
+
+
+async def _assert_the_others_have_noticed(stage: Stage, node: str) -> None:
+    members = await _members(stage)
+    assert all(queue.online == set(NODES) - {node} and queue.leader != node for queue in members.values()), members
 
 
 async def _flows(stage: Stage) -> None:

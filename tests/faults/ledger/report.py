@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tests.faults.ledger.cells import CELLS
+from tests.faults.ledger.known import known_bugs
 from tests.faults.ledger.run import Result
 
 COLUMNS = ("fault", "events", "published", "confirmed", "handled", "duplicates", "dead_lettered", "destroyed", "lost",
@@ -108,6 +109,8 @@ def as_markdown(cells: Sequence[dict[str, object]], lateness: Sequence[dict[str,
         parts.append(_origin(of_line))
     if lateness:
         parts += [LATENESS_INTRODUCTION, *_lateness_table(lateness), _origin(lateness)]
+    if cells:
+        parts += known_bugs(str(dict(cell["versions"])["rabbitmq"]) for cell in cells)  # type: ignore[call-overload]
     return "\n".join(parts) + "\n"
 
 
