@@ -34,7 +34,7 @@ from services.demo.stage import LISTENERS
 from tests.servers import BrokerServer, vhost_of
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 240.0  # seven on an idle computer, and many times that beside other tests on a busy one
+DEADLINE_S = 240.0  # it takes some seconds on an idle computer, and a minute beside other tests on a busy one
 FIGURES = {"published": 145, "handled": 508, "duplicates": 9, "retried": 6, "dead_lettered": 1, "lost": 0}
 
 
