@@ -28,7 +28,7 @@ test: $(VENV)/.dev  ## all tests, against real RabbitMQs that they get themselve
 test-all: $(VENV)/.dev  ## the same on every broker line that this machine has: 3.10 native, 4.0 and 4.3 in containers
 	@$(PYTEST) --all-lines $(ARGS)
 
-ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL=... BROKER=3.10|4.0|4.3 EVENTS=...; MISSING=1 goes on
+ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL=... BROKER=3.10|4.0|4.3|4.3-cluster EVENTS=...; MISSING=1 goes on
 	@$(BIN)/python -m tests.faults.ledger $(if $(CELL),--cell $(CELL)) $(if $(BROKER),--broker $(BROKER)) \
 		$(if $(EVENTS),--events $(EVENTS)) $(if $(MISSING),--missing)
 
