@@ -1,7 +1,8 @@
 """What differs between the broker lines, in one table; which line answers is read from its server properties.
 
 Behaviour only. Arguments of queues and exchanges are the same on every line (`eventbus.topology`), so that a broker can
-be upgraded in place. Tried on 3.10.8, 4.0.5 and 4.3.6.
+be upgraded in place. What no code asks for stands here since rules rest on it: a pause closes the channel, a copy loses
+what the broker wrote. `tests/faults/test_lines.py` asks each line whether it does as the table says.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ class Line:
     count_headers: tuple[str, ...]
     # After 30 minutes unacked: the channel is closed, with all it holds, or only this consumer is cancelled.
     ack_timeout_closes_channel: bool
-    # Whether giving a message back counts against `x-delivery-limit`. A lost or closed channel counts on every line.
+    # Whether giving a message back counts against `x-delivery-limit`, by nack and by reject. A lost or closed channel
+    # counts on every line.
     nack_counts: bool
+    reject_counts: bool
+    # Whether an `x-death` that a client sent is taken for the broker's own: it looks like a dead-letter cycle, then.
+    believes_sent_x_death: bool
 
 
 LINES: Final = (
-    Line((3, 10), 128 * MIB, ("x-delivery-count",), ack_timeout_closes_channel=True, nack_counts=True),
-    Line((4, 0), 16 * MIB, ("x-delivery-count",), ack_timeout_closes_channel=True, nack_counts=True),
+    Line((3, 10), 128 * MIB, ("x-delivery-count",), ack_timeout_closes_channel=True,
+         nack_counts=True, reject_counts=True, believes_sent_x_death=True),
+    Line((4, 0), 16 * MIB, ("x-delivery-count",), ack_timeout_closes_channel=True,
+         nack_counts=True, reject_counts=True, believes_sent_x_death=False),
     # From here on `x-delivery-count` leaves out what was given back on purpose or after an ack timeout.
     Line((4, 3), 16 * MIB, ("x-acquired-count", "x-delivery-count"), ack_timeout_closes_channel=False,
-         nack_counts=False),
+         nack_counts=False, reject_counts=True, believes_sent_x_death=False),
 )  # fmt: skip
 
 
