@@ -309,12 +309,10 @@ async def test_closing_does_not_wait_for_a_broker_that_reads_nothing(own_broker:
     try:
         with pytest.raises(NotPublished):
             await first_failure(transport.publish(fact(b"x" * 4_000_000), timeout_s=2) for _ in range(20))
-        began_s = time.monotonic()
-        await transport.close()
+        async with asyncio.timeout(4 * session.CLOSE_TIMEOUT_S):  # it would wait for as long as the alarm lasts
+            await transport.close()
     finally:
         await asyncio.to_thread(own_broker.ctl, "set_vm_memory_high_watermark", "0.8")
-
-    assert time.monotonic() - began_s < session.CLOSE_TIMEOUT_S + 5
 
 
 async def test_a_closed_transport_publishes_nothing(rabbitmq_url: str) -> None:
