@@ -119,7 +119,7 @@ def _cells() -> tuple[Cell, ...]:
 def _cluster_cells() -> tuple[Cell, ...]:
     # Slowly: three nodes and the clients share the computer. Long enough for a node to come back while events flow.
     breaking = partial(Cell, events=5000, rate=150.0, flow_s=25.0, begins_at=0.1, kind="fails", every=10,
-                       needs_cluster=True)  # fmt: skip
+                       needs_cluster=True, within_s=170.0)  # fmt: skip
     cut_s = cluster.CUT_OFF_S
     return (
         breaking("leader-killed", "the queues' leader: SIGKILL, and started again; clients are on another node",

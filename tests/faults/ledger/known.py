@@ -10,8 +10,13 @@ INTRODUCTION = """\
 
 ## Clusters, and the brokers' own bugs
 
-Cluster cells run on 4.3 only. What each version here is known to do to messages in a cluster, by the numbers of
-RabbitMQ's own issues and pull requests (`eventbus topology verify` tells it of a live broker):
+Cluster cells run on three nodes of 4.3; every queue of the services has three members online when the fault begins. The
+fault is over when the nodes that are left could go on: at the kill, or the cut. What they need to notice it (up to 10 s
+of a cut, by the tick time that is set here) and to elect is recovery. Only where the clients are all with the minority
+it is over when that is healed. 4.3 decides on its metadata by majority too: there is no partition handling to choose.
+
+What each version here is known to do to messages in a cluster, by the numbers of RabbitMQ's own issues and pull
+requests (`eventbus topology verify` tells it of a live broker):
 """
 
 
