@@ -141,15 +141,16 @@ async def staged(
                           specials(events, cell.every, cell.share), seed)  # fmt: skip
             for worker in workers:
                 worker.start()
-            looking = None
+            # From the beginning: a cluster on a busy computer takes longer to declare all on than a start may take.
+            looking = [asyncio.create_task(look_after(workers))]
             try:
                 await stage.until(stage.is_declared, "the services' queues are there")
                 publisher.start()
-                looking = asyncio.create_task(look_after([publisher, *workers]))
+                looking.append(asyncio.create_task(look_after([publisher])))
                 yield stage
             finally:
-                if looking is not None:
-                    looking.cancel()
+                for task in looking:
+                    task.cancel()
                 for program in [publisher, *workers]:
                     if program.lives:
                         program.discard()
