@@ -84,7 +84,7 @@ def _cells() -> tuple[Cell, ...]:
         # queues, policies, arguments
         Cell("queue-deleted", "a service's queue deleted while its workers are away", faults.queue_deleted),
         Cell("queue-deleted-while-consumed", "a service's queue deleted under its workers",
-             faults.queue_deleted_while_consumed),
+             faults.queue_deleted_while_consumed, worker_options=("--prefetch", "10")),
         Cell("retry-queue-in-conflict", "a queue declared by somebody else with other arguments",
              faults.retry_queue_in_conflict),
         Cell("queue-full", "a policy bounds a service's queue while its workers are away", faults.queue_full),

@@ -86,17 +86,19 @@ async def publisher_killed(stage: Stage) -> None:
 
 async def special_events(stage: Stage, lasting_s: float = 0.0) -> None:
     """Over when the last handler has misbehaved, *lasting_s* after it began to."""
-    await stage.until(lambda: _begun(stage) == len(stage.specials) * len(stage.services), "each has come to a handler")
-    last: float = stage.books.execute("select max(at) from broken").fetchone()[0]
+    await stage.until(lambda: _are_behind_us(stage), "each has misbehaved")
+    last: float | None = stage.books.execute("select max(at) from broken").fetchone()[0]
+    assert last is not None, "no handler has misbehaved"
     await asyncio.sleep(last + lasting_s - time.time())
     stage.over()
 
 
-def _begun(stage: Stage) -> int:
-    """How many of the special events each service has been given."""
-    run = "select 1 from runs where service = ? and event = ?"
-    return sum(
-        stage.books.execute(run, (service, id_of(stage.seed, number))).fetchone() is not None
+def _are_behind_us(stage: Stage) -> bool:
+    """Whether every special event has misbehaved; one whose first run a neighbour ended has worked at the second."""
+    misbehaved = set(stage.books.execute("select service, number from broken"))
+    effect = "select count(*) from effects where service = ? and event = ?"
+    return all(
+        (service, number) in misbehaved or stage.number(effect, service, id_of(stage.seed, number))
         for service in stage.services
         for number in stage.specials
     )
@@ -168,10 +170,10 @@ async def broker_restarted(stage: Stage) -> None:
 
 
 async def connections_closed(stage: Stage) -> None:
+    everybody = len(stage.proxy.links)
     for share in (0.25, 0.4, 0.55):
-        await stage.published(share)
-        links = stage.proxy.links
-        await stage.ctl("close_all_connections", "closed for a test")
+        links = await _all_connected(stage, share, everybody)
+        await stage.close_connections("closed for a test")
         stage.over()
         await stage.gone(links)
 
@@ -196,7 +198,7 @@ async def consumer_timeout(stage: Stage) -> None:
     await stage.ctl("eval", setting.format("{consumer_timeout, 3000}, {channel_tick_interval, 500}"))
     try:
         links = stage.proxy.links
-        await stage.ctl("close_all_connections", "so that the new limit holds")
+        await stage.close_connections("so that the new limit holds")
         await stage.gone(links)
         await stage.published(0.5)
         lost = stage.said(LOST)
@@ -204,7 +206,7 @@ async def consumer_timeout(stage: Stage) -> None:
         await stage.until(lambda: stage.said(LOST) > lost, "the broker has waited too long for an ack")
     finally:
         await stage.ctl("eval", setting.format("{consumer_timeout, 1800000}, {channel_tick_interval, 60000}"))
-    await stage.ctl("close_all_connections", "so that the old limit holds again")
+    await stage.close_connections("so that the old limit holds again")
     stage.over()
 
 
@@ -253,9 +255,9 @@ async def half_open(stage: Stage) -> None:
 
 
 async def cut(stage: Stage) -> None:
+    everybody = len(stage.proxy.links)
     for share in (0.25, 0.4, 0.55):
-        await stage.published(share)
-        links = stage.proxy.links
+        links = await _all_connected(stage, share, everybody)
         stage.proxy.cut()
         stage.over()
         await stage.gone(links)
@@ -295,7 +297,7 @@ async def queue_deleted_while_consumed(stage: Stage) -> None:
     """Under workers that stand still for a moment, so that it is known what is in it: all that has no effect yet."""
     service = stage.services[0]
     await _freeze(stage)
-    await stage.published(0.35)
+    await stage.published(0.5)
     await stage.pause()
     undone = "select event from published where event not in (select event from effects where service = ?)"
     stage.destroyed |= {row[0] for row in stage.books.execute(undone, (service,))}
@@ -395,6 +397,13 @@ def _assert_retries_wait(stage: Stage) -> None:
         select count(*) from broken left join effects using (service, event) where effects.at is null and broken.at < ?
     """
     assert stage.number(waiting, time.time() - LONG_AGO_S), "no retry was held up"
+
+
+async def _all_connected(stage: Stage, share: float, everybody: int) -> frozenset[object]:
+    """The connections, when this *share* is published and *everybody* is connected again."""
+    await stage.published(share)
+    await stage.until(lambda: len(stage.proxy.links) >= everybody, "all are connected")
+    return stage.proxy.links
 
 
 async def _freeze(stage: Stage) -> None:

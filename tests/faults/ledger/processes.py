@@ -7,12 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 ANSWER_S = 60.0
 LOOK_AGAIN_S = 0.1
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went: its pipe to our standard input closes."""
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(eq=False)

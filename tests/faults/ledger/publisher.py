@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 import time
 from pathlib import Path
@@ -85,6 +86,7 @@ class Publisher:
                 while self._under_way:
                     await asyncio.wait(set(self._under_way))
                 print("paused", flush=True)
+        os._exit(1)  # whoever started this program is gone
 
 
 async def main(options: argparse.Namespace) -> None:

@@ -70,6 +70,7 @@ def as_json(result: Result) -> dict[str, object]:
 
 def write(result: Result, folder: Path) -> None:
     """Write both files into *folder* with *result* in them. The other cells keep the figures that they had."""
+    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "ledger.json"
     cells = {(str(cell["broker"]), str(cell["fault"])): cell for cell in [*_known(file), as_json(result)]}
     order = {name: place for place, name in enumerate(CELLS)}

@@ -108,6 +108,10 @@ class Stage:
     async def ctl(self, *words: str) -> str:
         return await asyncio.to_thread(self.broker.ctl, *words)
 
+    async def close_connections(self, why: str) -> None:
+        """Have the broker close all of this cell's; without a virtual host it would close those of `/` only."""
+        await self.ctl("close_all_connections", "-p", vhost_of(self.url), why)
+
     async def api(self, method: str, path: str, body: dict[str, object] | None = None) -> Any:
         """Ask the management API; `VHOST` in *path* is this cell's."""
         return await asyncio.to_thread(self.broker.api, method, self._path(path), body)

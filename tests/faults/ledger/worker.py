@@ -18,6 +18,7 @@ from eventbus import Context, Retry, Service, run
 from tests.faults.ledger import saboteurs
 from tests.faults.ledger.books import FOLLOWS, SharedStore, open_books
 from tests.faults.ledger.events import Counted, Followed
+from tests.faults.ledger.processes import end_with_parent
 
 WORK_S = 0.005  # long enough for a kill to fall into it
 SLOW_S = 8.0
@@ -87,6 +88,7 @@ async def misbehave(event: Counted) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
+    end_with_parent()
     if options.saboteur:
         saboteurs.ALL[options.saboteur]()
     books = open_books(options.books)
