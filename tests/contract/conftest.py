@@ -1,20 +1,56 @@
-"""What an adapter cannot do is in the report: a case that needs it is not run there, and not passed over in silence."""
+"""Each case of the transport's suite, once for each adapter that is here.
+
+What an adapter cannot do is in the report: a case that needs it is not run there, and not passed over in silence.
+"""
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+
 import pytest
 
-LACKING = pytest.StashKey[list[str]]()
+from tests.conftest import REMARKS
+from tests.contract.bench import Adapter, Bench, adapters
+from tests.servers import Brokers, find_lines, lines_to_test
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LACKING] = []
     config.addinivalue_line(
         "markers", "needs(capability): run only for adapters that have it; the report says which not"
     )
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    lacking = config.stash[LACKING]
-    for line in sorted(set(lacking)):
-        terminalreporter.write_line(f"contract: {line}")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "adapter" not in metafunc.fixturenames:
+        return
+    found = adapters(lines_to_test(find_lines(), metafunc.config))
+    for adapter in found:
+        for capability in sorted(adapter.lacks):
+            metafunc.config.stash[REMARKS][f"contract: {adapter.name} lacks: {capability}"] = None
+    needed = {capability for marker in metafunc.definition.iter_markers("needs") for capability in marker.args}
+    able = [adapter for adapter in found if not needed & adapter.lacks]
+    metafunc.parametrize("adapter", able, ids=lambda adapter: adapter.name)
+
+
+@pytest.fixture
+async def bench(adapter: Adapter, brokers: Brokers) -> AsyncIterator[Bench]:
+    name = f"contract-{secrets.token_hex(4)}"
+    async with AsyncExitStack() as ending:
+        if adapter.line is None:
+            yield Bench(f"memory://{name}", None, ending)
+        else:
+            server = brokers.shared(adapter.line)
+            ending.callback(server.drop_vhosts)
+            yield Bench(server.new_vhost(), server, ending)
+
+
+@pytest.fixture
+def tell(adapter: Adapter, pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Puts a figure into the report: what is worth knowing and depends on the computer, so that no test asserts it."""
+
+    def add(figure: str) -> None:
+        pytestconfig.stash[REMARKS][f"contract: {adapter.name}: {figure}"] = None
+
+    return add

@@ -1,829 +1,423 @@
-"""The port's promises, kept by every adapter: one suite, on the embedded broker and on each RabbitMQ that is here."""
+"""The port's promises, kept by every adapter: one suite, on the embedded broker and on each RabbitMQ that is here.
+
+This file holds what Watermill asks of every backend (`pubsub/tests/test_pubsub.go`), carried over to this port: a
+subscription is a queue and its consumers, a nack is a delivery that was not settled when its session ended. Watermill
+forgives duplicates everywhere; here they are counted, and without a fault there are none.
+
+    1   publish, then subscribe         test_what_was_published_before_anybody_consumed_arrives
+    2   concurrent subscribe            test_fifty_publishers_and_fifty_consumers_lose_nothing_and_repeat_nothing
+    3   many topics at a time           test_twenty_queues_at_a_time_each_get_their_own
+    4   resend on error                 test_what_a_consumer_could_not_handle_is_handed_out_again
+    5   no ack, no next                 test_with_a_prefetch_of_one_nothing_comes_before_the_ack
+    6   continue after close            test_consumers_that_come_and_go_in_the_middle_lose_nothing
+    7   concurrent close                test_consumers_opened_and_closed_at_a_time_leave_nothing_behind
+    8   continue after errors           test_three_consumers_that_fail_again_and_again_lose_nothing
+    9   in order                        test_one_consumer_sees_the_order_in_which_each_publisher_published,
+                                        test_competing_consumers_see_each_publishers_order (needs ORDER)
+    10  publisher close                 test_closing_among_publishes_tells_of_each_what_became_of_it
+    11  topic                           test_two_keys_do_not_mix
+    12  message context                 test_a_delivery_says_whether_its_session_lives
+    13  subscribe context               test_a_consumer_that_is_cancelled_takes_nothing_with_it
+    14  old messages                    a log's, HISTORY: no adapter has it. test_what_was_acked_never_comes_back
+    15  reconnect                       test_what_was_confirmed_is_delivered_across_an_outage_of_the_broker
+    16  consumer groups                 test_two_services_each_get_all
+
+What it leaves out:
+
+    confirms                            test_what_was_confirmed_is_in_its_queue
+    unroutable                          test_a_message_that_no_queue_took_is_reported,
+                                        test_of_many_publishes_at_once_each_gets_its_own_answer
+    a channel error                     test_a_publish_that_breaks_the_channel_takes_no_other_with_it
+    poison, undecodable                 test_garbage_among_good_ones_is_given_up_to_the_byte,
+                                        test_a_message_with_headers_that_cannot_be_read_does_not_stop_its_queue
+    poison, deadly                      test_over_the_delivery_limit_a_message_is_a_dead_letter,
+                                        test_a_poison_takes_no_innocent_neighbours_with_it
+    dead-letter headers and bytes       test_a_rejected_message_is_in_the_dead_queue_untouched,
+                                        test_whatever_it_died_of_a_message_keeps_its_bytes_and_headers
+    redelivery counting                 test_each_time_that_it_comes_back_is_counted, one for each message
+    delays, accuracy                    test_a_delayed_message_is_never_early_and_arrives
+    delays, order of due times          test_what_is_due_first_arrives_first
+    delays, head-of-line blocking       test_ten_thousand_mixed_delays_are_never_early_and_none_blocks_another
+    prefetch                            test_no_more_than_the_prefetch_is_unsettled,
+                                        test_a_full_window_of_one_queue_stops_no_other_queue
+    back-pressure                       test_a_consumer_that_settles_nothing_stops_no_publisher_and_holds_its_window
+    a full queue, reject-publish        test_a_full_queue_refuses_publishes_until_there_is_room,
+                                        test_a_publish_goes_on_once_the_policy_that_bounded_its_queue_is_lifted
+    header round trips                  test_what_is_sent_arrives, test_headers_of_any_scalars_arrive_as_they_were
+    keys of 255 bytes                   test_a_key_of_the_greatest_length_arrives_as_it_was
+    bodies up to the limit              test_a_body_of_the_greatest_size_arrives_and_one_byte_more_is_refused,
+                                        test_a_body_over_the_brokers_own_limit_fails_alone
+    consumer cancelled by the broker    test_a_queue_deleted_under_a_consumer_costs_its_other_queues_nothing
+    queue deleted and created again     test_a_queue_that_was_deleted_is_declared_again,
+                                        test_a_queue_that_somebody_created_again_at_once_is_consumed_on
+                                        (needs SEES_A_NEW_QUEUE),
+                                        test_a_queue_created_again_with_other_arguments_ends_its_consumer
+    competing consumers under load      test_consumers_join_and_leave_under_load_without_loss_or_repetition
+    graceful drain                      test_draining_under_load_settles_what_was_taken_and_leaves_the_rest,
+                                        test_after_stop_nothing_is_taken_and_what_was_taken_can_be_settled
+    unclean death                       test_what_a_consumer_held_that_vanished_goes_to_another_one,
+                                        test_connections_cut_again_and_again_lose_nothing_that_was_confirmed
+    duplicates budget                   zero in every case here without a fault; with faults
+                                        test_connections_cut_again_and_again_lose_nothing_that_was_confirmed
+    slow-consumer ack timeout           test_a_delivery_whose_ack_comes_too_late_is_delivered_again
+    blocked-connection alarm            test_a_broker_under_an_alarm_holds_publishes_up_to_their_deadline
+    expected against actual consumers   test_what_is_not_consumed_is_named
+
+What is not in this folder needs a broker of its own to stop or to change, and is in `tests/faults/test_sessions.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta, timezone
-from decimal import Decimal
+import re
+from collections import Counter
+from pathlib import Path
 
-import pika
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pika.adapters.blocking_connection import BlockingChannel
 
-from eventbus.delay import rounded, way
-from eventbus.errors import SetupError, TopologyConflict
-from eventbus.message import Message, matches
-from eventbus.topology import Binding, Exchange, Names, Queue, Topology, merge, of_service, quorum, shared
-from eventbus.transport import from_url
-from eventbus.transport.base import (
-    Consumer,
-    Declare,
-    Delivery,
-    NotPublished,
-    Publication,
-    Source,
-    Transport,
-    Unpublishable,
+from eventbus.message import Message
+from eventbus.topology import merge, of_service, shared
+from eventbus.transport.base import Delivery, NotPublished, Publication
+from tests.contract.bench import (
+    DEADLINE_S,
+    NAMES,
+    ORDER,
+    Bench,
+    Inbox,
+    acking,
+    content,
+    numbered,
+    publish,
+    publish_by,
+    queue_of,
+    say,
+    say_all,
 )
-from tests.contract.conftest import LACKING
-from tests.servers import Brokers, BrokerServer, find_lines, lines_to_test
-
-DEADLINE_S = 20
-CAREFUL = 10  # more deliveries than any adapter wants to see settled before it takes many at a time
-WARM_UP = b"warm up"
-NAMES = Names()
-EMPTY = Topology(())
-MAIL = merge([shared(NAMES), of_service(NAMES, "mail", ["order_placed.*"])])
-AUDIT = of_service(NAMES, "audit", ["#"])
 
 
-# ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_each_case_that_is_named_here_exists() -> None:
+    folder = Path(__file__).parent
+    files = [*folder.glob("test_*.py"), folder.parent / "faults" / "test_sessions.py"]
+    defined = {name for file in files for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.M)}
+    assert __doc__ is not None
+    named = set(re.findall(r"\btest_\w{20,}", __doc__))
+
+    assert len(named) > 40
+    assert named <= defined
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One way to keep the port's promises. *lacks*: what it cannot do, and the contract does not promise everywhere."""
-
-    name: str
-    line: str | None
-    lacks: frozenset[str] = frozenset()
+# ── 1 to 4 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-KEEPS = "keeps messages when nobody is connected"
-SEES_BINDINGS = "finds a missing binding when it verifies"
-COMPARES_SHARED = "compares the arguments of shared queues and exchanges"
-
-
-def adapters(config: pytest.Config) -> list[Adapter]:
-    # AMQP cannot list bindings, and looking at something without declaring it compares nothing.
-    blind = frozenset({SEES_BINDINGS, COMPARES_SHARED})
-    return [
-        Adapter("memory", None, frozenset({KEEPS})),
-        *(Adapter(f"rabbitmq {line}", line, blind) for line in lines_to_test(find_lines(), config)),
-    ]
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "adapter" not in metafunc.fixturenames:
-        return
-    marker = metafunc.definition.get_closest_marker("needs")
-    able = adapters(metafunc.config)
-    if marker is not None:
-        capability = marker.args[0]
-        for adapter in able:
-            if capability in adapter.lacks:
-                metafunc.config.stash[LACKING].append(f"{adapter.name} lacks: {capability}")
-        able = [adapter for adapter in able if capability not in adapter.lacks]
-    metafunc.parametrize("adapter", able, ids=lambda adapter: adapter.name)
-
-
-class Inbox:
-    """What a consumer was handed."""
-
-    def __init__(self) -> None:
-        self.deliveries: list[Delivery] = []
-        self._has_news = asyncio.Event()
-
-    def __call__(self, delivery: Delivery) -> None:
-        self.deliveries.append(delivery)
-        self._has_news.set()
-
-    @property
-    def bodies(self) -> list[bytes]:
-        return [delivery.message.body for delivery in self.deliveries]
-
-    async def holds(self, count: int) -> list[Delivery]:
-        """At least *count* deliveries, in the order of their arrival."""
-        async with asyncio.timeout(DEADLINE_S):
-            while len(self.deliveries) < count:
-                self._has_news.clear()
-                await self._has_news.wait()
-        return self.deliveries
-
-
-class Bench:
-    """Transports and consumers on one broker, ended together."""
-
-    def __init__(self, url: str, ending: AsyncExitStack) -> None:
-        self._url = url
-        self._ending = ending
-
-    async def open(self, *topologies: Topology, declare: Declare = "apply") -> Transport:
-        transport = from_url(self._url)
-        self._ending.push_async_callback(transport.close)
-        await transport.open(merge(topologies), declare)
-        return transport
-
-    async def consume(
-        self, transport: Transport, *queues: str, prefetch: int = 100, deliver: Callable[[Delivery], None] | None = None
-    ) -> tuple[Consumer, Inbox]:
-        """A consumer that keeps what it gets in the inbox, unless *deliver* does something else with it.
-
-        An adapter may begin carefully: the first deliveries may come one at a time, each after the last was settled.
-        """
-        inbox = Inbox()
-        sources = [Source(queue, prefetch, deliver or inbox) for queue in queues]
-        consumer = transport.consumer(sources, EMPTY, "apply")
-        self._ending.push_async_callback(consumer.close)
-        await consumer.start()
-        return consumer, inbox
-
-    async def consume_and_ack(self, transport: Transport, queue: str, prefetch: int = 100) -> tuple[Consumer, Inbox]:
-        """A consumer that acks what it gets at once."""
-        inbox = Inbox()
-
-        def deliver(delivery: Delivery) -> None:
-            delivery.ack()
-            inbox(delivery)
-
-        consumer, _ = await self.consume(transport, queue, prefetch=prefetch, deliver=deliver)
-        return consumer, inbox
-
-    async def consume_widely(self, transport: Transport, *queues: str, prefetch: int = 100) -> tuple[Consumer, Inbox]:
-        """A consumer of empty queues that is past its careful beginning."""
-        careful, inbox = Inbox(), Inbox()
-
-        def deliver(delivery: Delivery) -> None:
-            if delivery.message.body != WARM_UP:
-                inbox(delivery)
-                return
-            delivery.ack()
-            careful(delivery)
-
-        consumer, _ = await self.consume(transport, *queues, prefetch=prefetch, deliver=deliver)
-        warm_up = [say(WARM_UP, queue, exchange="") for queue in queues for _ in range(CAREFUL)]
-        assert all(await publish(transport, warm_up))
-        await careful.holds(len(warm_up))
-        return consumer, inbox
-
-
-@pytest.fixture
-async def bench(adapter: Adapter, brokers: Brokers) -> AsyncIterator[Bench]:
-    name = f"contract-{secrets.token_hex(4)}"
-    async with AsyncExitStack() as ending:
-        if adapter.line is None:
-            yield Bench(f"memory://{name}", ending)
-        else:
-            server = brokers.shared(adapter.line)
-            ending.callback(server.drop_vhosts)
-            yield Bench(server.new_vhost(), ending)
-
-
-def queue_of(
-    name: str, *, dead_letter_to: str | None = None, delivery_limit: int = 100, is_shared: bool = False
-) -> Topology:
-    """A queue that the exchange `x` leads to by the queue's name."""
-    arguments = quorum(dead_letter_to=dead_letter_to, delivery_limit=delivery_limit)
-    return Topology(
-        (Exchange("x", "topic"),), (Queue(name, arguments, is_shared),), (Binding("x", name, "queue", name),)
-    )
-
-
-def say(body: str | bytes = b"", key: str = "q", exchange: str = "x") -> Publication:
-    return Publication(exchange, key, Message({}, body.encode() if isinstance(body, str) else body))
-
-
-def later(delay: timedelta, target: str, body: str) -> Publication:
-    through = way(delay, target)
-    return say(body, through.key, NAMES.delay_level(through.level))
-
-
-async def publish(transport: Transport, publications: Sequence[Publication]) -> list[bool]:
-    return await asyncio.gather(*[transport.publish(each, timeout_s=DEADLINE_S) for each in publications])
-
-
-async def content(transport: Transport, queue: str, count: int) -> list[Delivery]:
-    """All of *queue*, once *count* messages wait there, and left there."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            async with transport.browse(queue) as browsed:
-                found = [delivery async for delivery in browsed]
-            if len(found) >= count:
-                return found
-            await asyncio.sleep(0.02)
-
-
-# ── publishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_message_reaches_every_queue_that_its_key_leads_to(bench: Bench) -> None:
-    also = Topology((), (), (Binding("x", "p", "queue", "q"), Binding("x", "p", "queue", "#")))
-    transport = await bench.open(queue_of("q"), queue_of("p"), queue_of("other"), also)
-
-    assert await transport.publish(say("hello"), timeout_s=DEADLINE_S)
-
-    for queue in ("q", "p"):
-        (found,) = await content(transport, queue, 1)
-        assert (found.message.body, found.queue, found.exchange, found.key) == (b"hello", queue, "x", "q")
-    assert await content(transport, "other", 0) == []
-
-
-async def test_a_message_that_no_queue_took_is_reported(bench: Bench) -> None:
+async def test_what_was_published_before_anybody_consumed_arrives(bench: Bench) -> None:
     transport = await bench.open(queue_of("q"))
+    sent = {body: Message({"number": n}, body, "text/plain") for n, body in enumerate(numbered(100))}
+    assert all(await publish(transport, [Publication("x", "q", message) for message in sent.values()]))
 
-    assert not await transport.publish(say("to nobody", key="nobody"), timeout_s=DEADLINE_S)
-    assert await transport.publish(say("to somebody"), timeout_s=DEADLINE_S)
+    consumer, inbox = await bench.consume_and_ack(transport, "q")
+    for delivery in await inbox.holds(100):
+        message = sent[delivery.message.body]
+        assert (delivery.message.headers, delivery.message.content_type) == (message.headers, "text/plain")
+    assert inbox.tally == Counter(list(sent))
 
-
-async def test_of_many_publishes_at_once_each_gets_its_own_answer(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    keys = [("q", "nobody", "q", "q", "nowhere")[n % 5] for n in range(300)]
-
-    assert await publish(transport, [say(str(n), key) for n, key in enumerate(keys)]) == [key == "q" for key in keys]
-
-    wanted = {str(n).encode() for n, key in enumerate(keys) if key == "q"}
-    found = await content(transport, "q", len(wanted))
-    assert {delivery.message.body for delivery in found} == wanted
-    assert len(found) == len(wanted)
-
-
-CONTENTS = {
-    "text": Message({"plain": "as sent", "ünïcode": "snow ☃ and 𝄞", "empty": ""}, "snow ☃".encode(), "text/plain"),
-    "numbers": Message(
-        {
-            "yes": True,
-            "no": False,
-            "zero": 0,
-            "one": 1,
-            "small": -128,
-            "byte": 255,
-            "short": -(2**15),
-            "word": 2**16 - 1,
-            "long": -(2**31),
-            "unsigned": 2**32 - 1,
-            "longest": 2**63 - 1,
-            "least": -(2**63),
-        },
-        b"{}",
-        "application/json",
-    ),
-    "an empty body": Message({"h": "v"}, b""),
-    "200 KiB": Message({}, bytes(range(256)) * 800, "application/octet-stream"),
-    "every byte and no headers": Message({}, bytes(range(256))),
-    "long headers": Message({f"header-{n}": "x" * 8192 for n in range(8)}, b""),
-    "foreign properties": Message(
-        {}, b"", "text/plain", {"content_encoding": "utf-8", "correlation_id": "c-1", "app_id": "app", "priority": 4}
-    ),
-    "what foreign senders use": Message(
-        {
-            "nothing": None,
-            "float": -0.5,
-            "bytes": bytearray(b"\xff\x00"),
-            "time": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
-            "decimal": Decimal("-1.25"),
-            "list": ["a", 1, [True, None], {"deep": "er"}],
-            "table": {"inner": {"n": -1, "list": []}},
-        },
-        b"",
-    ),
-}
-
-
-@pytest.mark.parametrize("sent", CONTENTS.values(), ids=CONTENTS)
-async def test_what_is_sent_arrives(bench: Bench, sent: Message) -> None:
-    transport = await bench.open(queue_of("q"))
-    await transport.publish(Publication("x", "q", sent), timeout_s=DEADLINE_S)
-
-    _, inbox = await bench.consume(transport, "q")
-    (delivery,) = await inbox.holds(1)
-
-    assert delivery.message.body == sent.body
-    assert delivery.message.content_type == sent.content_type
-    assert dict(delivery.message.headers) == dict(sent.headers)
-    assert {name: type(v) for name, v in delivery.message.headers.items()} == {
-        name: type(v) for name, v in sent.headers.items()
-    }
-    assert {**delivery.message.properties} | {**sent.properties} == {**delivery.message.properties}
-
-
-DELICATE = {
-    "a float of 64 bits": 1.1,
-    "a float that is no number": float("nan"),
-    "a time with a fraction": datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
-    "a time without a zone": datetime(2026, 1, 2, 3, 4, 5),  # noqa: DTZ001  # what is tried here
-    "a time of another zone": datetime(2026, 1, 2, 3, 4, 5, tzinfo=timezone(timedelta(hours=2))),
-    "a decimal of many places": Decimal("1e-300"),
-    "bytes": b"\xff\x00",
-    "a tuple": (1, 2),
-}
-
-
-@pytest.mark.parametrize("value", DELICATE.values(), ids=DELICATE)
-async def test_what_cannot_be_carried_unchanged_is_refused(bench: Bench, value: object) -> None:
-    transport = await bench.open(queue_of("q"))
-
-    try:
-        await transport.publish(Publication("x", "q", Message({"h": value}, b"")), timeout_s=DEADLINE_S)
-    except Unpublishable:
-        assert await content(transport, "q", 0) == []
-    else:
-        (found,) = await content(transport, "q", 1)
-        assert found.message.headers["h"] == value
-
-
-UNPUBLISHABLE = {
-    "a header of a foreign type": Publication("x", "q", Message({"h": object()}, b"")),
-    "an integer over 64 bits": Publication("x", "q", Message({"h": 2**63}, b"")),
-    "a header that is no text": Publication("x", "q", Message({"h": "\ud800"}, b"")),
-    "a header that is no text inside a list": Publication("x", "q", Message({"h": ["\ud800"]}, b"")),
-    "headers over one frame": Publication("x", "q", Message({f"h{n}": "x" * 8192 for n in range(17)}, b"")),
-    "a header's name over 128 bytes": Publication("x", "q", Message({"n" * 129: ""}, b"")),
-    "a key over 255 bytes": Publication("x", "k" * 256, Message({}, b"")),
-}
-
-
-@pytest.mark.parametrize("publication", UNPUBLISHABLE.values(), ids=UNPUBLISHABLE)
-async def test_what_can_never_be_published_is_refused_before_it_is_sent(bench: Bench, publication: Publication) -> None:
-    transport = await bench.open(queue_of("q"))
-
-    with pytest.raises(Unpublishable) as caught:
-        await transport.publish(publication, timeout_s=DEADLINE_S)
-
-    assert not caught.value.maybe_stored
-    assert await transport.publish(say("the next one"), timeout_s=DEADLINE_S)
-
-
-async def test_a_body_over_the_limit_is_refused_before_it_is_sent(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-
-    with pytest.raises(Unpublishable, match=str(transport.broker.max_message_bytes)):
-        await transport.publish(say(bytes(transport.broker.max_message_bytes + 1)), timeout_s=DEADLINE_S)
-
-    assert await transport.publish(say("the next one"), timeout_s=DEADLINE_S)
-
-
-async def test_a_closed_transport_publishes_nothing(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    await transport.close()
-
-    with pytest.raises(NotPublished) as caught:
-        await transport.publish(say("too late"), timeout_s=DEADLINE_S)
-
-    assert not caught.value.maybe_stored
-
-
-async def test_an_exchange_that_does_not_exist_takes_nothing(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-
-    with pytest.raises(NotPublished) as caught:
-        await transport.publish(say("astray", exchange="absent"), timeout_s=1)
-
-    assert not caught.value.maybe_stored
-
-
-# ── consuming ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_what_was_acked_never_comes_back(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    consumer, inbox = await bench.consume_widely(transport, "q")
-    await publish(transport, [say(str(n)) for n in range(20)])
-    for delivery in (await inbox.holds(20))[:19]:
-        assert delivery.count == 0
-        assert delivery.is_live
-        delivery.ack()
     await consumer.close()
+    await publish(transport, [say("after the end")])
+    assert [found.message.body for found in await content(transport, "q", 1)] == [b"after the end"]
+    assert len(inbox.deliveries) == 100
 
-    (left,) = await content(transport, "q", 1)
 
-    assert left.message.body == inbox.bodies[19]
-
-
-async def test_consumers_of_one_queue_share_it_and_none_gets_what_the_other_got(bench: Bench) -> None:
+async def test_fifty_publishers_and_fifty_consumers_lose_nothing_and_repeat_nothing(bench: Bench) -> None:
     transport = await bench.open(queue_of("q"))
-    first, second, together = Inbox(), Inbox(), Inbox()
-    for inbox in (first, second):
+    bodies, together = numbered(5000), Inbox()
+    consumers = [bench.consumer(transport, "q", deliver=acking(together), prefetch=20) for _ in range(50)]
+    await asyncio.gather(*[consumer.start() for consumer in consumers])
 
-        def deliver(delivery: Delivery, inbox: Inbox = inbox) -> None:
-            delivery.ack()
-            inbox(delivery)
-            together(delivery)
+    await publish_by(50, transport, say_all(bodies))
+    await together.has_seen(bodies)
 
-        await bench.consume(await bench.open(declare="never"), "q", prefetch=10, deliver=deliver)
-
-    await publish(transport, [say(str(n)) for n in range(200)])
-    await together.holds(200)
-
-    assert first.bodies
-    assert second.bodies
-    assert {*together.bodies} == {str(n).encode() for n in range(200)}
-    assert len(together.bodies) == 200
+    assert together.tally == Counter(bodies)
 
 
-async def test_no_more_than_the_prefetch_is_unsettled(bench: Bench) -> None:
+async def test_twenty_queues_at_a_time_each_get_their_own(bench: Bench) -> None:
+    queues = [f"q{number}" for number in range(20)]
+    transport = await bench.open(*[queue_of(queue) for queue in queues])
+    together = Inbox()
+    await bench.consume(transport, *queues, deliver=acking(together))
+    bodies = {queue: numbered(100, f"{queue}-") for queue in queues}
+
+    await asyncio.gather(*[publish(transport, say_all(bodies[queue], queue)) for queue in queues])
+    await together.holds(2000)
+
+    got = {queue: Counter[bytes]() for queue in queues}
+    for delivery in together.deliveries:
+        got[delivery.queue][delivery.message.body] += 1
+    assert got == {queue: Counter(bodies[queue]) for queue in queues}
+
+
+async def test_what_a_consumer_could_not_handle_is_handed_out_again(bench: Bench) -> None:
     transport = await bench.open(queue_of("q"))
-    _, narrow = await bench.consume_widely(transport, "q", prefetch=3)
-    await publish(transport, [say(str(n)) for n in range(10)])
-    await narrow.holds(3)
-
-    _, other = await bench.consume_and_ack(transport, "q")
-    await other.holds(7)
-
-    assert len(narrow.deliveries) == 3
-    assert {*narrow.bodies, *other.bodies} == {str(n).encode() for n in range(10)}
-
-
-async def test_each_ack_makes_room_for_one_more(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    await publish(transport, [say(str(n)) for n in range(5)])
-    _, inbox = await bench.consume(transport, "q", prefetch=1)
-
-    for arrived in range(1, 6):
-        assert len(await inbox.holds(arrived)) == arrived
-        inbox.deliveries[-1].ack()
-
-    assert inbox.bodies == [b"0", b"1", b"2", b"3", b"4"]
-
-
-async def test_one_consumer_takes_several_queues_each_with_its_own_prefetch(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"), queue_of("p"))
-    _, inbox = await bench.consume_widely(transport, "q", "p", prefetch=3)
-    await publish(transport, [say(key=key) for key in ("q", "p") for _ in range(3)])
-
-    await inbox.holds(6)
-
-    assert sorted(delivery.queue for delivery in inbox.deliveries) == ["p"] * 3 + ["q"] * 3
-
-
-async def test_what_was_not_settled_comes_back_and_is_counted(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    await publish(transport, [say("kept")])
-    counts = []
-    for _ in range(3):
-        consumer, inbox = await bench.consume(transport, "q")
-        (delivery,) = await inbox.holds(1)
-        counts.append(delivery.count)
-        await consumer.close()
-        assert not delivery.is_live
-        delivery.ack()
-
-    assert counts[0] == 0
-    assert counts[2] > counts[1] >= 1
-
-
-async def test_a_rejected_message_is_in_the_dead_queue_untouched(bench: Bench) -> None:
-    transport = await bench.open(MAIL)
-    sent = Message({"h": "ü", "n": 1}, b"\x00\xffnot even json", "application/json")
-    await transport.publish(Publication("events", "order_placed.v1", sent), timeout_s=DEADLINE_S)
-    _, inbox = await bench.consume(transport, "events.mail")
-    (await inbox.holds(1))[0].reject()
-
-    (dead,) = await content(transport, "events.mail.dead", 1)
-
-    assert (dead.message.body, dead.message.content_type) == (sent.body, sent.content_type)
-    assert {name: dead.message.headers[name] for name in sent.headers} == sent.headers
-    assert (dead.exchange, dead.key) == ("events.dead", "mail")
-    deaths = dead.message.headers["x-death"]
-    assert isinstance(deaths, list)
-    assert [(d["queue"], d["reason"], d["count"], d["exchange"], d["routing-keys"]) for d in deaths] == [
-        ("events.mail", "rejected", 1, "events", ["order_placed.v1"])
-    ]
-    assert isinstance(deaths[0]["time"], datetime)
-    assert dead.message.headers["x-first-death-queue"] == "events.mail"
-    assert dead.message.headers["x-first-death-reason"] == "rejected"
-    assert dead.message.headers["x-first-death-exchange"] == "events"
-
-
-async def test_over_the_delivery_limit_a_message_is_a_dead_letter(bench: Bench) -> None:
-    dead = Topology((Exchange("dlx", "fanout"),), (Queue("dead", quorum()),), (Binding("dlx", "dead", "queue", ""),))
-    transport = await bench.open(dead, queue_of("q", dead_letter_to="dlx", delivery_limit=2))
-    await publish(transport, [say("poison")])
-
-    for _ in range(3):
-        consumer, inbox = await bench.consume(transport, "q")
-        await inbox.holds(1)
-        await consumer.close()
-
-    (found,) = await content(transport, "dead", 1)
-    assert found.message.body == b"poison"  # its count is not asked for: 4.x carries the old queue's over
-    deaths = found.message.headers["x-death"]
-    assert isinstance(deaths, list)
-    assert [(death["queue"], death["reason"]) for death in deaths] == [("q", "delivery_limit")]
-
-
-async def test_a_pause_hands_back_and_resume_takes_again(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    await publish(transport, [say("held")])
-    consumer, inbox = await bench.consume(transport, "q")
-    (held,) = await inbox.holds(1)
-
-    await consumer.pause()
-    assert not held.is_live
-    other, elsewhere = await bench.consume(transport, "q")
-    assert (await elsewhere.holds(1))[0].count >= 1
-    await other.close()
-    assert len(inbox.deliveries) == 1
-
-    await consumer.resume()
-    again = (await inbox.holds(2))[1]
-    assert (again.message.body, again.is_live) == (b"held", True)
-    again.ack()
-
-
-async def test_after_stop_nothing_is_taken_and_what_was_taken_can_be_settled(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    consumer, inbox = await bench.consume_widely(transport, "q")
-    await publish(transport, [say("held"), say("held, too")])
-    first, second = await inbox.holds(2)
-
-    await consumer.stop()
-    async with asyncio.timeout(DEADLINE_S):
-        await consumer.wait()
-    await publish(transport, [say(f"later {n}") for n in range(10)])
-    _, elsewhere = await bench.consume_and_ack(transport, "q")
-    await elsewhere.holds(10)
-    assert (first.is_live, second.is_live) == (True, True)
-    first.ack()
-    await consumer.close()
-    await elsewhere.holds(11)
-
-    assert len(inbox.deliveries) == 2
-    assert elsewhere.bodies[10] == second.message.body
-
-
-async def test_closing_the_publishing_side_leaves_consumers_alone(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    _, inbox = await bench.consume(transport, "q", prefetch=1)
-    await transport.close()
-
-    other = await bench.open(declare="never")
-    await publish(other, [say("1"), say("2")])
-    (await inbox.holds(1))[0].ack()
-
-    await inbox.holds(2)
-
-
-async def test_a_consumer_of_a_missing_queue_does_not_start(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-
-    with pytest.raises(SetupError, match="absent"):
-        await bench.consume(transport, "q", "absent")
-
-
-# ── looking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_browsing_shows_everything_in_order_and_takes_only_what_is_acked(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    for n in range(5):
-        await publish(transport, [say(str(n))])
-
-    async with transport.browse("q") as browsed:
-        async for delivery in browsed:
-            if delivery.message.body in (b"1", b"3"):
-                delivery.ack()
-
-    assert [found.message.body for found in await content(transport, "q", 3)] == [b"0", b"2", b"4"]
-
-
-async def test_what_was_looked_at_is_in_its_place_again(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    bodies = [str(n).encode() for n in range(40)]  # few would keep their order by chance
-    for body in bodies:
-        await publish(transport, [say(body.decode())])
-
-    async with transport.browse("q") as browsed:
-        assert [delivery.message.body async for delivery in browsed] == bodies
-
-    assert [found.message.body for found in await content(transport, "q", 40)] == bodies
-
-
-async def test_what_one_browses_another_does_not_see_until_it_is_given_back(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    await publish(transport, [say("1")])
-
-    async with transport.browse("q") as browsed:
-        held = await anext(browsed)
-        assert held.is_live
-        async with transport.browse("q") as second:
-            assert [delivery async for delivery in second] == []
-
-    assert not held.is_live
-    assert len(await content(transport, "q", 1)) == 1
-
-
-async def test_browsing_a_missing_queue_is_a_setup_error(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-
-    with pytest.raises(SetupError, match="absent"):
-        async with transport.browse("absent") as browsed:
-            await anext(browsed)
-
-    assert await transport.publish(say("still open"), timeout_s=DEADLINE_S)
-
-
-async def test_a_tail_shows_what_passes_and_leaves_no_queue_behind(bench: Bench) -> None:
-    transport = await bench.open(queue_of("q"))
-    await publish(transport, [say("before")])
-
-    async with transport.tail("x", "q.#") as passing:
-        await publish(transport, [say("not this", "other"), say("this", "q.v1"), say("and this", "q")])
-        async with asyncio.timeout(DEADLINE_S):
-            seen = [await anext(passing) for _ in range(2)]
-        assert {(delivery.message.body, delivery.key) for delivery in seen} == {(b"this", "q.v1"), (b"and this", "q")}
-
-    async with asyncio.timeout(DEADLINE_S):
-        while await transport.publish(say("after", "q.v1"), timeout_s=DEADLINE_S):  # noqa: ASYNC110  # nobody tells
-            await asyncio.sleep(0.02)
-
-
-# ── delays ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_a_delayed_message_is_never_early_and_arrives(bench: Bench) -> None:
-    transport = await bench.open(MAIL)
-    loop, arrived, sent = asyncio.get_running_loop(), dict[str, float](), dict[str, float]()
-    delays = {str(units): timedelta(milliseconds=units) for units in (0, 1, 250, 500, 750, 1000, 1250, 1750)}
-    inbox = Inbox()
+    bodies, refused, acked = numbered(100), Inbox(), Inbox()
 
     def deliver(delivery: Delivery) -> None:
-        arrived[delivery.message.body.decode()] = loop.time()
-        delivery.ack()
-        inbox(delivery)
+        if delivery.message.body in bodies[:2] and delivery.count == 0:
+            refused(delivery)
+        else:
+            acking(acked)(delivery)
 
-    await bench.consume(transport, "events.mail.retry", deliver=deliver)
-    for name, delay in delays.items():
-        sent[name] = loop.time()
-        assert await transport.publish(later(delay, "retry.mail", name), timeout_s=DEADLINE_S)
-    await inbox.holds(len(delays))
+    consumer, _ = await bench.consume(transport, "q", deliver=deliver)
+    await publish(transport, say_all(bodies))
+    for held in range(2):  # an adapter that begins carefully hands out the second one only after the first came back
+        await refused.holds(held + 1)
+        await consumer.pause()
+        await consumer.resume()
+    await acked.has_seen(bodies)
 
-    for name, delay in delays.items():
-        assert arrived[name] - sent[name] >= rounded(delay).total_seconds() >= delay.total_seconds()
-
-
-async def test_a_retry_comes_back_to_its_service_alone(bench: Bench) -> None:
-    transport = await bench.open(MAIL, AUDIT)
-    await publish(transport, [later(timedelta(milliseconds=300), "retry.mail", "again")])
-
-    (found,) = await content(transport, "events.mail.retry", 1)
-
-    assert found.message.body == b"again"
-    for queue in ("events.mail", "events.audit", "events.audit.retry", "events.undeliverable"):
-        assert await content(transport, queue, 0) == []
+    assert acked.tally == Counter(bodies)
+    assert refused.tally == Counter(bodies[:2])
 
 
-async def test_a_delayed_publish_reaches_the_subscribers_of_its_type(bench: Bench) -> None:
-    billing = of_service(NAMES, "billing", ["payment_captured.*"])
-    transport = await bench.open(MAIL, AUDIT, billing)
-    await publish(transport, [later(timedelta(milliseconds=250), "publish.order_placed.v1", "later")])
-
-    for queue in ("events.mail", "events.audit"):
-        (found,) = await content(transport, queue, 1)
-        assert found.message.body == b"later"
-    for queue in ("events.billing", "events.mail.retry", "events.undeliverable"):
-        assert await content(transport, queue, 0) == []
+# ── 5 to 8 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("target", ["retry.nobody", "publish.unheard_of.v1"])
-async def test_what_leads_nowhere_through_the_tree_is_kept_as_undeliverable(bench: Bench, target: str) -> None:
-    transport = await bench.open(MAIL)
-    await publish(transport, [later(timedelta(0), target, "at once"), later(timedelta(seconds=0.25), target, "late")])
-
-    found = await content(transport, "events.undeliverable", 2)
-
-    assert sorted(delivery.message.body for delivery in found) == [b"at once", b"late"]
-
-
-async def test_a_dead_letter_for_an_unknown_service_is_kept_as_undeliverable(bench: Bench) -> None:
-    transport = await bench.open(MAIL)
-    await publish(transport, [say("whose?", "nobody", "events.dead")])
-
-    assert len(await content(transport, "events.undeliverable", 1)) == 1
-
-
-# ── declaring ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-async def test_declaring_the_same_again_changes_nothing(bench: Bench) -> None:
-    transport = await bench.open(MAIL)
-    await publish(transport, [say("kept", "order_placed.v1", "events")])
-
-    for declare in ("apply", "verify", "never"):
-        await bench.open(MAIL, declare=declare)
-
-    assert len(await content(transport, "events.mail", 1)) == 1
-
-
-async def test_verify_names_a_missing_queue_and_declares_nothing(bench: Bench) -> None:
-    await bench.open(MAIL)
-
-    for _ in range(2):
-        with pytest.raises(SetupError, match=r"events\.audit"):
-            await bench.open(MAIL, AUDIT, declare="verify")
-
-
-async def test_a_queue_with_other_arguments_is_a_conflict_that_shows_both(bench: Bench) -> None:
-    await bench.open(queue_of("q", delivery_limit=3))
-
-    with pytest.raises(TopologyConflict) as caught:
-        await bench.open(queue_of("q", delivery_limit=4))
-
-    for part in ("'q'", "x-delivery-limit", "3", "4"):
-        assert part in str(caught.value)
-
-
-async def test_a_consumer_declares_its_topology_before_it_consumes(bench: Bench) -> None:
+async def test_with_a_prefetch_of_one_nothing_comes_before_the_ack(bench: Bench) -> None:
     transport = await bench.open(queue_of("q"))
-    inbox = Inbox()
-    consumer = transport.consumer([Source("p", 10, inbox)], queue_of("p"), "apply")
-    try:
-        await consumer.start()
-        await publish(transport, [say("hello", "p")])
-        await inbox.holds(1)
-    finally:
+    _, first = await bench.consume(transport, "q", prefetch=1)
+    bodies = numbered(50)
+    await publish(transport, say_all(bodies))
+    (held,) = await first.holds(1)
+
+    other, elsewhere = await bench.consume_and_ack(transport, "q")
+    await elsewhere.holds(49)  # it could have had any of them, and was given none
+    assert first.deliveries == [held]
+    await other.close()
+
+    held.ack()
+    await publish(transport, [say("the next")])
+    await first.holds(2)
+    assert elsewhere.tally + first.tally == Counter([*bodies, b"the next"])
+
+
+async def test_consumers_that_come_and_go_in_the_middle_lose_nothing(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"))
+    bodies, acked = numbered(2000), Counter[bytes]()
+    await publish(transport, say_all(bodies))
+
+    while acked.total() < len(bodies):
+        inbox, at_work = Inbox(), acked.total()
+
+        def deliver(delivery: Delivery, inbox: Inbox = inbox, until: int = at_work + 400) -> None:
+            inbox(delivery)
+            if acked.total() < until:
+                acked[delivery.message.body] += 1
+                delivery.ack()
+
+        consumer, _ = await bench.consume(transport, "q", prefetch=50, deliver=deliver)
+        # One more than it acks: it is closed with something in hand, but for the last one.
+        await inbox.holds(min(401, len(bodies) - at_work))
         await consumer.close()
 
+    assert acked == Counter(bodies)
+    assert await content(transport, "q", 0) == []
 
-@pytest.mark.needs(KEEPS)
-async def test_what_is_stored_outlives_every_connection(bench: Bench) -> None:
+
+async def test_consumers_opened_and_closed_at_a_time_leave_nothing_behind(bench: Bench) -> None:
     transport = await bench.open(queue_of("q"))
-    await publish(transport, [say("kept")])
-    await transport.close()
+    bodies, early = numbered(50), Inbox()
 
-    again = await bench.open(declare="never")
+    async def come_and_go() -> None:
+        consumer = bench.consumer(transport, "q", deliver=early)
+        await consumer.start()
+        await consumer.close()
 
-    assert len(await content(again, "q", 1)) == 1
+    await asyncio.gather(*[come_and_go() for _ in range(10)])
+    await publish(transport, say_all(bodies))
+    _, inbox = await bench.consume_and_ack(transport, "q")
+    await inbox.holds(50)
 
-
-@pytest.mark.needs(SEES_BINDINGS)
-async def test_verify_finds_a_missing_binding(bench: Bench) -> None:
-    await bench.open(MAIL)
-
-    with pytest.raises(SetupError, match=r"invoice_sent"):
-        await bench.open(MAIL, of_service(NAMES, "mail", ["invoice_sent.*"]), declare="verify")
-
-
-@pytest.mark.needs(COMPARES_SHARED)
-async def test_a_shared_queue_with_other_arguments_is_a_conflict(bench: Bench) -> None:
-    await bench.open(queue_of("q", delivery_limit=3, is_shared=True))
-
-    with pytest.raises(TopologyConflict):
-        await bench.open(queue_of("q", delivery_limit=4, is_shared=True))
+    assert inbox.tally == Counter(bodies)
+    assert early.bodies == []
+    assert {delivery.count for delivery in inbox.deliveries} == {0}
 
 
-# ── topic matching: a real broker says what is right ─────────────────────────────────────────────────────────────────
+async def test_three_consumers_that_fail_again_and_again_lose_nothing(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"))
+    bodies = numbered(50)
+    await publish(transport, say_all(bodies))
+
+    async def fail_again_and_again() -> None:
+        consumer, inbox = await bench.consume(transport, "q", prefetch=10)
+        for _ in range(5):
+            await inbox.holds(1)
+            await consumer.pause()
+            inbox.deliveries.clear()
+            await consumer.resume()
+        await consumer.close()
+
+    await asyncio.gather(*[fail_again_and_again() for _ in range(3)])
+    _, inbox = await bench.consume_and_ack(transport, "q")
+    await inbox.holds(50)
+
+    assert inbox.tally == Counter(bodies)
 
 
-class Judge:
-    """Asks a RabbitMQ which of some patterns lead a key to their queue."""
-
-    def __init__(self, channel: BlockingChannel, most_patterns: int) -> None:
-        self._channel = channel
-        self._received: list[tuple[str, bytes]] = []
-        self._queues = [f"judge.{number}" for number in range(most_patterns)]
-        for queue in self._queues:
-            channel.queue_declare(queue, exclusive=True)
-            channel.basic_consume(queue, self._receiver(queue), auto_ack=True)
-
-    def _receiver(self, queue: str) -> Callable[..., None]:
-        return lambda _channel, _method, _properties, body: self._received.append((queue, body))
-
-    def matches(self, patterns: Sequence[str], keys: Sequence[str]) -> set[tuple[str, str]]:
-        """The pairs of *patterns* and *keys* that match."""
-        queues = dict(zip(self._queues, patterns, strict=False))
-        for queue, pattern in queues.items():
-            self._channel.queue_bind(queue, "amq.topic", pattern)
-        for number, key in enumerate(keys):
-            self._channel.basic_publish("amq.topic", key, str(number).encode())
-        for queue in queues:  # behind everything that was routed there
-            self._channel.basic_publish("", queue, b"end")
-        until_s = time.monotonic() + DEADLINE_S
-        while sum(body == b"end" for _, body in self._received) < len(queues):
-            assert time.monotonic() < until_s, "the broker did not deliver"
-            self._channel.connection.process_data_events(time_limit=DEADLINE_S)
-        for queue, pattern in queues.items():
-            self._channel.queue_unbind(queue, "amq.topic", pattern)
-        received, self._received[:] = list(self._received), []
-        return {(queues[queue], keys[int(body)]) for queue, body in received if body != b"end"}
+# ── 9 to 12 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-WORDS = st.sampled_from(["a", "b", "*", "#", ""])
-KEYS = st.lists(WORDS, max_size=5).map(".".join)
-# RabbitMQ 4.3.5 refuses a binding key with more than two '#'.
-PATTERNS = KEYS.filter(lambda pattern: pattern.split(".").count("#") <= 2)
+def by_publisher(bodies: list[bytes]) -> dict[int, list[int]]:
+    """The numbers that each publisher's messages have, in the order of their coming."""
+    result: dict[int, list[int]] = {}
+    for body in bodies:
+        publisher, number = body.split(b"-")
+        result.setdefault(int(publisher), []).append(int(number))
+    return result
 
 
-def test_topic_matching_agrees_with_rabbitmq(every_line: BrokerServer) -> None:
-    connection = pika.BlockingConnection(pika.URLParameters(every_line.new_vhost()))
-    judge = Judge(connection.channel(), most_patterns=8)
+PUBLISHERS, EACH = 16, 60
+IN_ORDER = {publisher: list(range(EACH)) for publisher in range(PUBLISHERS)}
+# `publish_by` deals them out in turn: each publisher gets its own.
+ORDERED = [b"%d-%d" % (publisher, number) for number in range(EACH) for publisher in range(PUBLISHERS)]
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-    @given(
-        st.lists(PATTERNS, min_size=8, max_size=8, unique=True), st.lists(KEYS, min_size=30, max_size=30, unique=True)
+
+async def test_one_consumer_sees_the_order_in_which_each_publisher_published(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"))
+    _, inbox = await bench.consume_and_ack(transport, "q", prefetch=50)
+
+    await publish_by(PUBLISHERS, transport, say_all(ORDERED))
+    await inbox.holds(len(ORDERED))
+
+    assert by_publisher(inbox.bodies) == IN_ORDER
+
+
+@pytest.mark.needs(ORDER)
+async def test_competing_consumers_see_each_publishers_order(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"))
+    together = Inbox()
+    for _ in range(10):
+        await bench.consume(transport, "q", deliver=acking(together))
+
+    await publish_by(PUBLISHERS, transport, say_all(ORDERED))
+    await together.holds(len(ORDERED))
+
+    assert by_publisher(together.bodies) == IN_ORDER
+
+
+async def test_closing_among_publishes_tells_of_each_what_became_of_it(bench: Bench) -> None:
+    observer = await bench.open(queue_of("q"))
+    transport = await bench.open(declare="never")
+    confirmed, not_stored, unknown = set[bytes](), set[bytes](), set[bytes]()
+    is_half_done = asyncio.Event()
+
+    async def work(bodies: list[bytes]) -> None:
+        for body in bodies:
+            try:
+                assert await transport.publish(say(body), timeout_s=DEADLINE_S)
+                confirmed.add(body)
+            except NotPublished as why:
+                (unknown if why.maybe_stored else not_stored).add(body)
+            if len(confirmed) >= 2000:
+                is_half_done.set()
+
+    async with asyncio.TaskGroup() as publishers:
+        for publisher in range(20):
+            publishers.create_task(work(numbered(200, f"{publisher}-")))
+        await is_half_done.wait()
+        await transport.close()
+    _, inbox = await bench.consume_and_ack(observer, "q")
+    await inbox.has_seen(confirmed)
+
+    assert len(confirmed) + len(not_stored) + len(unknown) == 4000
+    assert len(not_stored) > 1000
+    assert len(unknown) <= 20  # one for each publisher that waited for its confirm
+    assert set(inbox.bodies) <= confirmed | unknown
+    assert set(inbox.tally.values()) == {1}
+
+
+async def test_two_keys_do_not_mix(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"), queue_of("p"))
+    await publish(transport, [say("for p", "p"), say("for q", "q")])
+
+    for queue in ("q", "p"):
+        assert [found.message.body for found in await content(transport, queue, 1)] == [f"for {queue}".encode()]
+
+
+async def test_a_delivery_says_whether_its_session_lives(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"))
+    consumer, inbox = await bench.consume_widely(transport, "q")
+    await publish(transport, say_all(numbered(3)))
+    acked, paused, stopped = await inbox.holds(3)
+    acked.ack()
+    assert [delivery.is_live for delivery in (acked, paused, stopped)] == [True, True, True]
+
+    await consumer.pause()
+    assert [delivery.is_live for delivery in (acked, paused, stopped)] == [False, False, False]
+    paused.ack()  # too late, and harmless
+    paused.reject()
+    await consumer.resume()
+    again = (await inbox.holds(4))[3]
+    await consumer.stop()
+    assert again.is_live
+    await consumer.close()
+    assert not again.is_live
+
+    left = [found.message.body for found in await content(transport, "q", 2)]
+    assert sorted(left) == sorted([paused.message.body, stopped.message.body])
+
+
+# ── 13 to 16 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_consumer_that_is_cancelled_takes_nothing_with_it(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"))
+    bodies, cancelled = numbered(20), Inbox()
+    await publish(transport, say_all(bodies))
+
+    for moment_s in (0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1):  # in the middle of whatever it does to start
+        consumer = bench.consumer(transport, "q", deliver=cancelled)
+        starting = asyncio.create_task(consumer.start())
+        await asyncio.sleep(moment_s)
+        starting.cancel()
+        await asyncio.wait([starting])
+        assert starting.cancelled() or starting.exception() is None
+        await consumer.close()
+    _, inbox = await bench.consume_and_ack(transport, "q")
+    await inbox.has_seen(bodies)
+
+    assert inbox.tally == Counter(bodies)
+
+
+async def test_two_services_each_get_all(bench: Bench) -> None:
+    services = ["mail", "audit"]
+    transport = await bench.open(
+        merge([shared(NAMES), *[of_service(NAMES, service, ["order_placed.*"]) for service in services]])
     )
-    def agree(patterns: list[str], keys: list[str]) -> None:
-        ours = {(pattern, key) for pattern in patterns for key in keys if matches(pattern, key)}
+    inboxes = [(await bench.consume_and_ack(transport, NAMES.queue(service)))[1] for service in services]
+    bodies = numbered(50)
 
-        assert ours == judge.matches(patterns, keys)
+    await publish(transport, [say(body, "order_placed.v1", NAMES.events) for body in bodies])
 
-    try:
-        agree()
-    finally:
-        connection.close()
+    for inbox in inboxes:
+        await inbox.holds(50)
+    await transport.close()
+    assert [inbox.tally for inbox in inboxes] == [Counter(bodies)] * 2
+
+
+# ── what consumes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_is_not_consumed_is_named(bench: Bench) -> None:
+    transport = await bench.open(queue_of("q"), queue_of("p"))
+    consumer = bench.consumer(transport, "q", "p", deliver=Inbox())
+    assert {*consumer.missing()} == {"q", "p"}
+
+    await consumer.start()
+    assert consumer.missing() == {}
+    await consumer.pause()
+    assert {*consumer.missing()} == {"q", "p"}
+    await consumer.resume()
+    async with asyncio.timeout(DEADLINE_S):
+        while consumer.missing():  # noqa: ASYNC110  # asked now and then, as health does
+            await asyncio.sleep(0.02)
+
+    await consumer.stop()
+    assert {*consumer.missing()} == {"q", "p"}
+    assert all(consumer.missing().values())
