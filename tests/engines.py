@@ -27,7 +27,7 @@ from testcontainers.core.docker_client import DockerClient
 
 from eventbus.errors import hide_password
 
-CTL_S = 60.0  # `rabbitmqctl` boots a virtual machine of its own: 1 s on an idle computer
+CTL_S = 180.0  # `rabbitmqctl` boots a virtual machine of its own: 1 s on an idle computer, a minute on a busy one
 
 
 class NoBroker(Exception):  # a fact, and what to do about it
@@ -287,8 +287,10 @@ class Node:
     def shut_down(self) -> None:
         if self._process is None:
             return
-        self.ctl("shutdown")
-        self.kill()  # what is left: the port mapper
+        try:
+            self.ctl("shutdown")
+        finally:  # what is left: the port mapper, and the node itself if it did not hear
+            self.kill()
 
     def discard(self) -> None:
         self.kill()

@@ -61,7 +61,7 @@ HOW_TO_GET = (
     "set EVENTBUS_TEST_URL=amqp://..., or start a Docker engine that holds or can pull rabbitmq:{line}-management,"
     " or install rabbitmq-server (Debian: apt-get install rabbitmq-server)"
 )
-START_S = 90.0  # a node needs 4 to 10 s on two idle cores, and several times that on a busy computer
+START_S = 180.0  # a node needs 4 to 10 s on two idle cores, and several times that on a busy computer
 
 
 # ── a broker as a test sees it ────────────────────────────────────────────────────────────────────────────────────────
@@ -117,8 +117,8 @@ class BrokerServer:
 
     def stop(self) -> None:
         """Shut it down in order; `start` brings it back with what it had stored."""
+        self.is_running = False  # even if it fails: the next test starts it
         self._engine.shut_down()
-        self.is_running = False
 
     def restart(self) -> None:
         """Stop it in order and start it again."""
