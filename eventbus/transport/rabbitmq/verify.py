@@ -283,7 +283,7 @@ def _exchange(names: Names, wanted: Exchange, found: SeenExchange, policies: tup
                 where,
                 f"policy '{policy.name}' gives it an alternate exchange: publishers no longer learn that no queue took "
                 "an event",
-                f"narrow the policy's pattern, or remove it: rabbitmqctl clear_policy {policy.name}",
+                f"narrow the policy's pattern, or remove it: rabbitmqctl clear_policy -p VHOST {policy.name}",
             )
 
 
@@ -412,7 +412,7 @@ def _named(policies: list[Policy]) -> str:
 
 
 def _how_to_clear(policies: list[Policy]) -> str:
-    commands = [f"rabbitmqctl clear_{'operator_' if p.is_operators else ''}policy {p.name}" for p in policies]
+    commands = [f"rabbitmqctl clear_{'operator_' if p.is_operators else ''}policy -p VHOST {p.name}" for p in policies]
     return f", or remove it: {', '.join(commands)}" if commands else ""
 
 
@@ -479,7 +479,8 @@ def _bindings(names: Names, wanted: Topology, seen: Seen) -> Iterator[Finding]:
         return
     for binding in wanted.bindings:
         # Without its ends it cannot be there, and they are named as missing already.
-        has_ends = binding.source in seen.exchanges and binding.destination in {*seen.queues, *seen.exchanges}
+        destinations = seen.queues if binding.destination_type == "queue" else seen.exchanges
+        has_ends = binding.source in seen.exchanges and binding.destination in destinations
         if _plain(binding) not in bindings and has_ends:
             yield _missing_binding(names, binding)
     for binding in leftover(wanted, bindings):

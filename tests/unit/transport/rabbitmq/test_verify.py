@@ -63,7 +63,9 @@ def with_exchange(name: str, **changes: Any) -> Seen:
 
 
 def without_queue(name: str) -> Seen:
-    return replace(seen(), queues={known: standing for known, standing in seen().queues.items() if known != name})
+    kept = frozenset(b for b in map(plain, WANTED.bindings) if (b.destination_type, b.destination) != ("queue", name))
+    queues = {known: standing for known, standing in seen().queues.items() if known != name}
+    return replace(seen(bindings=kept), queues=queues)
 
 
 def with_standing(name: str, standing: Standing) -> Seen:
@@ -172,7 +174,7 @@ def test_a_policy_that_breaks_the_design_is_an_error(queue: str, policy: dict[st
 
     assert (finding.severity, finding.check, finding.where) == ("error", "policy", f"queue {queue}")
     assert f"the policy 'limits' sets {key} to" in finding.what
-    assert "rabbitmqctl clear_policy limits" in finding.remedy
+    assert "rabbitmqctl clear_policy -p VHOST limits" in finding.remedy
 
 
 def test_an_operators_policy_is_cleared_otherwise() -> None:
@@ -182,7 +184,7 @@ def test_an_operators_policy_is_cleared_otherwise() -> None:
     finding = only(replace(broker, managed=replace(broker.managed, policies=(limits,))))
 
     assert "the operator policy 'limits'" in finding.what
-    assert "clear_operator_policy limits" in finding.remedy
+    assert "clear_operator_policy -p VHOST limits" in finding.remedy
 
 
 @pytest.mark.parametrize(
