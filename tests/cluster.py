@@ -46,10 +46,11 @@ CONFIGURATION: Final = "\n".join(
 REMOVE = """
 import sys, docker
 sys.stdin.read()
-client = docker.from_env()
-for container in sys.argv[2:]:
-    client.containers.get(container).remove(force=True, v=True)
-client.networks.get(sys.argv[1]).remove()
+client, ours = docker.from_env(), {"label": sys.argv[1]}
+for container in client.containers.list(all=True, filters=ours):
+    container.remove(force=True, v=True)
+for network in client.networks.list(filters=ours):
+    network.remove()
 """
 
 
@@ -96,8 +97,11 @@ class Cluster:
             raise NoBroker("no cluster: no Docker engine answers")
         client: Any = docker.client
         host = "127.0.0.1" if docker.host() == "localhost" else docker.host()
+        label = f"eventbus-{secrets.token_hex(4)}"
+        # First: what follows may be broken off.
+        self._leash = Leash([sys.executable, "-c", REMOVE, label])
         # Internal: no way out, so a node that is taken off it cannot reach the others by another way either.
-        self._network = client.networks.create(f"eventbus-{secrets.token_hex(4)}", internal=True)
+        self._network = client.networks.create(label, internal=True, labels={label: ""})
         environment = {"RABBITMQ_ERLANG_COOKIE": secrets.token_hex(16)}
         files = _archive({"etc/rabbitmq/conf.d/20-cluster.conf": CONFIGURATION})
         if not image_is_here(IMAGE):
@@ -110,13 +114,12 @@ class Cluster:
                 hostname=name,
                 environment=environment | {"RABBITMQ_NODENAME": f"rabbit@{name}"},
                 ports={inside: (host, it) if host == "127.0.0.1" else it for inside, it in outside.items()},
+                labels=[label],
                 mem_limit="1g",
             )
             container.put_archive("/", files)
             self._network.connect(container, aliases=[name])
             self._members[name] = Member(name, container, host, port, management_port)
-        held = [self._network.id, *(member.container.id for member in self._members.values())]
-        self._leash = Leash([sys.executable, "-c", REMOVE, *held])
 
     def discard(self) -> None:
         if self._leash is not None:

@@ -134,8 +134,9 @@ def _cluster_cells() -> tuple[Cell, ...]:
                  f"from the cut, which the two notice after up to {cluster.NOTICED_S:.0f} s",
                  cluster.leader_cut_off, flow_s=cut_s + 20, recovers_within_s=cluster.NOTICED_S + 10),
         breaking("node-partitioned-with-its-clients",
-                 f"the leader and all clients cut off from the two others for {cut_s:.0f} s",
-                 cluster.leader_cut_off_with_clients),
+                 f"the leader and all clients cut off from the two others for {cut_s:.0f} s; recovery within "
+                 f"{cluster.HANGING_S:.0f} s: a try to consume again hangs in the minority until its deadline",
+                 cluster.leader_cut_off_with_clients, recovers_within_s=cluster.HANGING_S),
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 
+from eventbus.transport.base import CONNECT_TIMEOUT_S
+from eventbus.transport.rabbitmq.session import MAX_BACKOFF_S
 from tests.cluster import NET_TICKTIME_S, NODES, ClusterServer, Members
 from tests.faults.ledger.stage import Stage
 
@@ -17,6 +19,8 @@ from tests.faults.ledger.stage import Stage
 NOTICED_S = 1.25 * NET_TICKTIME_S
 # Longer than that, and than a publish waits for its confirm.
 CUT_OFF_S = 35.0
+# A try to consume that begins in a minority hangs, after the healing too, until its deadline; and the next one waits.
+HANGING_S = CONNECT_TIMEOUT_S + MAX_BACKOFF_S
 FLOWING = 20  # events handled by every service: they flow again
 
 
