@@ -1,7 +1,7 @@
 # `make` alone says what there is. Every target sets up what it needs, in .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all ledger lateness check broker shop clean
+.PHONY: help setup demo test test-all hostile ledger lateness check broker shop clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +34,10 @@ ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL
 
 lateness: $(VENV)/.dev  ## is anything early that the delay tree brings, and how late: LEDGER.md; BROKER=... COUNTS=100,1000
 	@$(BIN)/python -m tests.faults.lateness $(if $(BROKER),--broker $(BROKER)) $(if $(COUNTS),--counts $(COUNTS))
+
+hostile: $(VENV)/.dev  ## 100,000 hostile messages through a live worker, each counted; MESSAGES=... BROKER=... SEED=... BACKLOG=1000000
+	@$(BIN)/python -m tests.faults.hostile $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(BROKER),--broker $(BROKER)) \
+		$(if $(SEED),--seed $(SEED)) $(if $(BACKLOG),--backlog $(BACKLOG))
 
 check: $(VENV)/.dev  ## format, lint, types, the direction of imports
 	$(BIN)/ruff format --check .

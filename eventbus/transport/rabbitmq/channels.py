@@ -70,7 +70,7 @@ def encode(publication: Publication, *, frame_max: int) -> Encoded:
             _check_size(properties, frame_max)
         _check_text("the routing key", publication.key, MAX_SHORT_BYTES)
         _check_text("the content type", message.content_type or "", MAX_SHORT_BYTES)
-    except (TypeError, ValueError, OverflowError, struct.error) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, struct.error) as error:
         raise Unpublishable(f"its headers or its key cannot be encoded unchanged: {error}") from error
     return Encoded(publication.exchange, publication.key, message.body, properties)
 

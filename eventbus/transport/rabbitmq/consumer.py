@@ -280,8 +280,9 @@ class RabbitConsumer:
         await session.ended.wait()
         self._trouble = f"the connection was lost ({session.reason})"
         log.warning("consuming: connection lost", extra=self._facts(why=str(session.reason)))
-        # A message with headers that the client cannot read ends the connection, and it comes again.
-        self._is_careful = self._is_careful or isinstance(session.reason, aiormq.InvalidFrameError)
+        # A message with headers or a key that the client cannot read ends the connection, and it comes again. Tables
+        # in tables, as deep as the broker lets them be, end it with a RecursionError.
+        self._is_careful = self._is_careful or isinstance(session.reason, aiormq.InvalidFrameError | RecursionError)
 
     async def _consume_again(self) -> _Consuming:
         try:

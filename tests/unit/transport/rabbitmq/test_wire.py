@@ -13,7 +13,7 @@ from pamqp.frame import marshal
 from pamqp.header import ContentHeader
 from yarl import URL
 
-from eventbus.transport.rabbitmq.wire import UNREADABLE_DELIVERY_MODE, Wire, readable
+from eventbus.transport.rabbitmq.wire import UNREADABLE_DELIVERY_MODE, Wire, _Frames, readable, with_readable_key
 
 HEADERS = 0x2000
 
@@ -63,6 +63,65 @@ def test_whatever_a_header_holds_it_can_be_read_afterwards(flags: int, propertie
 
     assert len(mended) == 14 + len(properties)
     assert read(mended).body_size == 77
+
+
+# ── a routing key that is no text, tables without end ───────────────────────────────────────────────
+
+KEYS = st.text(max_size=40).map(str.encode) | st.binary(max_size=200)
+
+
+def delivery(exchange: bytes, key: bytes) -> bytes:
+    """A basic.deliver by hand: the client would not write such a key."""
+    names = b"".join(bytes([len(name)]) + name for name in (exchange, key))
+    return Basic.Deliver.index.to_bytes(4, "big") + b"\x03tag" + (258).to_bytes(8, "big") + b"\x01" + names
+
+
+@given(KEYS, KEYS)
+def test_whatever_the_routing_key_is_the_delivery_can_be_read(exchange: bytes, key: bytes) -> None:
+    mended = with_readable_key(delivery(exchange, key))
+
+    frame = Basic.Deliver()
+    frame.unmarshal(mended[4:])
+    assert (frame.consumer_tag, frame.delivery_tag, frame.redelivered) == ("tag", 258, True)
+    assert len(mended) == len(delivery(exchange, key))
+    if key.decode(errors="replace").encode() == key:
+        assert frame.routing_key == key.decode()
+
+
+def test_a_key_that_can_be_read_is_left_alone() -> None:
+    as_got = marshal(Basic.GetOk(7, False, "events", "gr\u00fcn.v1", 3), 1)[7:-1]
+
+    assert with_readable_key(as_got) == as_got
+
+
+def test_tables_nested_deeper_than_the_client_can_read_are_marked() -> None:
+    nested = b"\x01aF" + table(b"")
+    for _ in range(2000):
+        nested = b"\x01aF" + table(nested)
+
+    mended = readable(frame(HEADERS, table(nested)))
+
+    assert read(mended).properties.delivery_mode == UNREADABLE_DELIVERY_MODE
+
+
+async def test_only_the_delivery_with_such_a_key_is_marked() -> None:
+    spoilt, good = delivery(b"events", b"\xff.v1"), delivery(b"events", b"a.v1")
+    header = ContentHeader(body_size=3, properties=Basic.Properties(headers={"a": 1}, delivery_mode=2)).marshal()
+    payloads = iter([(1, spoilt), (2, header), (1, good), (2, header)])
+    pieces: list[bytes] = []
+
+    async def piece(n: int) -> bytes:
+        if not pieces:
+            kind, payload = next(payloads)
+            pieces.extend([bytes([kind]), b"\0\1" + len(payload).to_bytes(4, "big"), payload + b"\xce"])
+        return pieces.pop(0)
+
+    frames = _Frames(piece, is_careful=True)
+    got = [[await frames.readexactly(n) for n in (1, 6, 99)][2] for _ in range(4)]
+
+    modes = [read(got[at][:-1]).properties.delivery_mode for at in (1, 3)]
+    assert modes == [UNREADABLE_DELIVERY_MODE, 2]
+    assert got[2] == good + b"\xce"
 
 
 # ── why the broker takes nothing in ─────────────────────────────────────────────────────────────────
