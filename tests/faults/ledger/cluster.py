@@ -117,8 +117,8 @@ async def _assert_the_others_have_noticed(stage: Stage, node: str) -> None:
 
 
 async def _flows(stage: Stage) -> None:
-    """Until some more events are handled."""
-    wanted = min(stage.handled() + FLOWING * len(stage.services), stage.events * len(stage.services))
+    """Until what is confirmed by now is handled, and some more: nothing is left of what broke before."""
+    wanted = min(stage.confirmed() + FLOWING, stage.events) * len(stage.services)
     await stage.until(lambda: stage.handled() >= wanted, "events flow again")
 
 
