@@ -234,6 +234,21 @@ def test_replaying_many_needs_a_yes_and_a_wrong_id_replays_none(shop: Shop) -> N
     assert (agreed.code, shop.listed()) == (0, [])
 
 
+def test_who_may_not_publish_to_queues_is_told_which_permission_is_missing(shop: Shop) -> None:
+    shop.apply()
+    shop.delete_queue("events.mails.dead")
+    body = {"properties": {}, "routing_key": "mails", "payload": "given up", "payload_encoding": "string"}
+    shop.api("POST", f"/exchanges/{shop.vhost}/events.dead/publish", body)
+    shop.apply()
+    poor = shop.broker.add_user(shop.url, write=r"^events")
+
+    done = eventbus("undeliverable", "replay", "--all", "--yes", "--url", poor, cwd=shop.cwd)
+
+    assert done.code == 1
+    assert "access to exchange 'amq.default'" in done.err
+    assert len(shop.listed()) == 1
+
+
 def test_nothing_is_undeliverable_at_first(shop: Shop) -> None:
     shop.apply()
 
