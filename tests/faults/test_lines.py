@@ -53,7 +53,7 @@ def got(channel: BlockingChannel, queue: str = "work") -> Got:
     while time.monotonic() < until_s:
         method, properties, body = channel.basic_get(queue)
         if method is not None and properties is not None and isinstance(body, bytes):
-            return Got(method.delivery_tag, method.redelivered, properties.headers or {}, body)
+            return Got(method.delivery_tag or 0, bool(method.redelivered), properties.headers or {}, body)
         time.sleep(0.05)
     raise AssertionError(f"nothing came to {queue} within {DEADLINE_S:.0f} s")
 
