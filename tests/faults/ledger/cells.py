@@ -71,7 +71,7 @@ def _cells() -> tuple[Cell, ...]:
         Cell("memory-alarm", "memory alarm, until nothing was confirmed for 3 s", faults.memory_alarm),
         Cell("disk-alarm", "disk alarm, until nothing was confirmed for 3 s", faults.disk_alarm),
         Cell("consumer-timeout", "handlers that take 8 s where the broker wants an ack within 3 s",
-             faults.consumer_timeout, kind="slow", every=500, worker_options=("--patient",)),
+             faults.consumer_timeout, flow_s=30, begins_at=0.1, kind="slow", every=250, worker_options=("--patient",)),
         # the network
         beating("stalled-short", "the network stalls for 3 s, less than a heartbeat", faults.stalled_short),
         beating("stalled-long", "the network stalls for 16 s, four heartbeats", faults.stalled_long),

@@ -79,7 +79,11 @@ async def run_cell(
     chosen = random.randrange(1_000_000) if seed is None else seed
     async with staged(cell, broker, number, chosen, saboteur) as stage:
         acting = asyncio.create_task(_act(cell, stage))
-        dead = await _until_settled(cell, stage, acting, quiet_s, progress)
+        try:
+            dead = await _until_settled(cell, stage, acting, quiet_s, progress)
+        except Exception:
+            _keep(stage, f"{broker.line}-{cell.name}-{chosen}")
+            raise
         await _stop(stage)
         counted = _counted(cell, stage, dead | await stage.dead_letters())
         result = Result(
