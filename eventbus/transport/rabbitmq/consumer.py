@@ -201,10 +201,11 @@ class RabbitConsumer:
         self._is_over = asyncio.Event()
         self._failure: SetupError | None = None
         self._is_careful = False
+        self._backoff = Backoff()
         self._trouble: str | None = None  # what ended the last session, or kept the next one from beginning
 
     async def start(self) -> None:
-        self._consuming = await first(self._consume, self._address)
+        self._consuming = await first(self._consume, self._address, self._backoff)
         self._task = asyncio.create_task(self._keep(), name="eventbus consuming")
 
     async def stop(self) -> None:
@@ -262,7 +263,7 @@ class RabbitConsumer:
 
     async def _keep(self) -> None:
         """Replace the session whenever it has died; end with what cannot be recovered from."""
-        backoff = Backoff()
+        backoff = self._backoff
         try:
             while True:
                 if self._consuming is not None:

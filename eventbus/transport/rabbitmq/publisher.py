@@ -47,6 +47,7 @@ class Publisher:
         self._address = address
         self._configured_max_bytes = max_message_bytes
         self._window = asyncio.Semaphore(window)
+        self._backoff = Backoff()
         self._session: Session | None = None
         self._channel: PublishingChannel | None = None
         self._changed = asyncio.Event()  # set when there is a session, or a reason to wait for none
@@ -64,7 +65,7 @@ class Publisher:
         Raises:
             SetupError, TransportError: why that cannot be.
         """
-        session, channel = await first(self._open_session, self._address)
+        session, channel = await first(self._open_session, self._address, self._backoff)
         self._use(session, channel)
         self._task = asyncio.create_task(self._keep(session), name="eventbus publishing")
         return session
@@ -196,7 +197,7 @@ class Publisher:
 
     async def _keep(self, session: Session) -> None:
         """Replace the session whenever it has died."""
-        backoff = Backoff()
+        backoff = self._backoff
         while True:
             await session.ended.wait()
             log.warning("publishing: connection lost", extra={"broker": str(self._address), "why": str(session.reason)})

@@ -38,6 +38,8 @@ CLOSE_REASON_S: Final = 1.0
 # A broker that is starting may not know its users yet; a queue that is gone may be declared by somebody else.
 GRACE_S: Final = 60.0
 FIRST_BACKOFF_S: Final = 0.5
+LEAST_TRY_S: Final = 5.0
+PATIENT_AFTER: Final = 4
 MAX_BACKOFF_S: Final = 10.0
 STABLE_S: Final = 10.0
 
@@ -271,10 +273,37 @@ def _quiet_the_client() -> None:
 
 
 class Backoff:
-    """How long to wait before each further try: not long at first, with jitter, never more than 10 s."""
+    """How long to wait before each further try: not long at first, with jitter, never more than 10 s.
+
+    And how long to wait for a try to succeed. One that began where the broker has no majority hangs after that is
+    healed, too (4.3; found by the ledger), so a try has a few times what the slowest took that succeeded; and more
+    after several that had too little, for the broker may have become slow.
+    """
 
     def __init__(self) -> None:
         self._step_s = FIRST_BACKOFF_S
+        self._slowest_s: float | None = None
+        self._timed_out = 0  # tries in a row
+
+    async def tried(self, build: Callable[[], Awaitable[T]]) -> T:
+        """What *build* makes, in time.
+
+        Raises:
+            TimeoutError: not in time; and whatever *build* raises.
+        """
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        usual_s = CONNECT_TIMEOUT_S if self._slowest_s is None else max(LEAST_TRY_S, 4 * self._slowest_s)
+        try:
+            async with asyncio.timeout(min(CONNECT_TIMEOUT_S, usual_s * (1 + self._timed_out // PATIENT_AFTER))):
+                made = await build()
+        except TimeoutError:
+            self._timed_out += 1
+            self._step_s = FIRST_BACKOFF_S  # it was waited for long enough
+            raise
+        self._timed_out = 0
+        self._slowest_s = max(self._slowest_s or 0.0, loop.time() - began_s)
+        return made
 
     def next_s(self) -> float:
         step_s, self._step_s = self._step_s, min(MAX_BACKOFF_S, self._step_s * 2)
@@ -286,19 +315,19 @@ class Backoff:
             self._step_s = FIRST_BACKOFF_S
 
 
-async def first(build: Callable[[], Awaitable[T]], address: Address) -> T:
+async def first(build: Callable[[], Awaitable[T]], address: Address, backoff: Backoff | None = None) -> T:
     """What *build* makes; a broker that is not there yet is waited for, for `CONNECT_TIMEOUT_S` in all.
 
     Raises:
         SetupError, TransportError: what *build* raised, or that nobody answered.
     """
     why = "no answer"
-    backoff = Backoff()
+    backoff = backoff or Backoff()
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             while True:
                 try:
-                    return await build()
+                    return await backoff.tried(build)
                 except (Unreachable, Lost) as error:
                     why = str(error)
                 await asyncio.sleep(backoff.next_s())
@@ -315,8 +344,7 @@ async def rebuild(build: Callable[[], Awaitable[T]], refused: Callable[[SetupErr
     while True:
         await asyncio.sleep(backoff.next_s())
         try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                return await build()
+            return await backoff.tried(build)
         except (LoginRefused, Missing) as error:
             if asyncio.get_running_loop().time() - began_s > GRACE_S:
                 refused(error)

@@ -109,3 +109,27 @@ async def test_the_client_keeps_the_log_level_that_somebody_chose() -> None:
     finally:
         chosen.setLevel(before[0])
         other.setLevel(before[1])
+
+
+async def test_a_try_that_hangs_is_ended_soon_where_others_were_quick_and_gets_more_time_after_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session, "LEAST_TRY_S", 0.02)
+    backoff, given_s = Backoff(), []
+    await first(Builds("a session"), ADDRESS, backoff)
+
+    async def hangs() -> str:
+        began_s = asyncio.get_running_loop().time()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_s.append(asyncio.get_running_loop().time() - began_s)
+        return "never"
+
+    for _ in range(session.PATIENT_AFTER + 1):
+        with pytest.raises(TimeoutError):
+            await backoff.tried(hangs)
+
+    assert all(0.02 <= each < session.CONNECT_TIMEOUT_S for each in given_s)
+    assert given_s[-1] >= 0.04
+    assert await rebuild(Builds("a session"), give_up, backoff) == "a session"
