@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -96,7 +97,9 @@ async def _hanging(connection: Connection, url: str, events: int) -> State:
     """A worker whose every handler hangs: what it may hold is full, and behind that the backlog waits."""
     connection.call(commands.Queue.Purge(queue=QUEUE), commands.Queue.PurgeOk)
     number = max(events // 100, 2 * PREFETCHED)
-    await asyncio.to_thread(connection.publish, "", _events(QUEUE, number, "hangs", subject=b"hangs"))
+    # The first ones are handled: a session takes one at a time until a few have come through.
+    hanging = itertools.chain(_events(QUEUE, 10, "first"), _events(QUEUE, number, "hangs", subject=b"hangs"))
+    await asyncio.to_thread(connection.publish, "", hanging)
     async with working(url) as worker:
         await until(lambda: connection.count(QUEUE) <= number - PREFETCHED, "all that it may hold hangs")
         rss_mb, behind = worker.rss_mb(), connection.count(QUEUE)
