@@ -196,7 +196,9 @@ class Calling:
             if self._task is None or self._task.cancelling() > self._cancels:
                 return
             raise Lost(await self._reason(None)) from None
-        if isinstance(error, aiormq.AMQPError | aiormq.ChannelInvalidStateError | ConnectionError | RuntimeError):
+        died = aiormq.AMQPError | aiormq.ChannelInvalidStateError | ConnectionError | RuntimeError
+        # A bare Exception is what aiormq ends an outstanding confirm with where we have closed in order.
+        if isinstance(error, died) or type(error) is Exception:
             raise Lost(await self._reason(error)) from error
 
     async def _reason(self, error: BaseException | None) -> BaseException | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import cast
 
 import pytest
 from yarl import URL
@@ -11,7 +12,7 @@ from yarl import URL
 from eventbus.errors import SetupError, TransportError
 from eventbus.transport.rabbitmq import session
 from eventbus.transport.rabbitmq.refusals import Address, LoginRefused, Missing, Unreachable
-from eventbus.transport.rabbitmq.session import Backoff, Lost, first, rebuild
+from eventbus.transport.rabbitmq.session import Backoff, Calling, Lost, Session, first, rebuild
 
 ADDRESS = Address.of(URL("amqp://rabbit.example/"))
 
@@ -133,3 +134,22 @@ async def test_a_try_that_hangs_is_ended_soon_where_others_were_quick_and_gets_m
     assert all(0.02 <= each < session.CONNECT_TIMEOUT_S for each in given_s)
     assert given_s[-1] >= 0.04
     assert await rebuild(Builds("a session"), give_up, backoff) == "a session"
+
+
+class Closed:
+    """As much of a session that was closed in order as a call asks for."""
+
+    reason = None
+
+
+@pytest.mark.parametrize("error", [Exception(), RuntimeError("closed"), ConnectionResetError()], ids=repr)
+async def test_whatever_the_client_ends_a_call_with_is_a_lost_session(error: Exception) -> None:
+    with pytest.raises(Lost):
+        async with Calling(cast("Session", Closed())):
+            raise error
+
+
+async def test_what_is_no_end_of_a_session_is_raised_as_it_is() -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with Calling(cast("Session", Closed())):
+            raise ZeroDivisionError
