@@ -198,7 +198,7 @@ class Bus:
         names = Names(self._namespace or settings.namespace)
         self._source = self._given_source or settings.source or _source_of_this_program()
         check_source(self._source)
-        transport = from_url(self._url or settings.url, max_message_bytes=settings.max_message_bytes)
+        transport = from_url(self._url or settings.url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane)
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names, timeout=self._publish_timeout)
         return self

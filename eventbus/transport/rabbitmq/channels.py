@@ -1,7 +1,6 @@
 """Events on a channel, through aiormq's own methods: publish and confirm, deliver and settle.
 
-The one place where a message becomes frames and frames a message. Another way to do that replaces this file:
-`publisher.py` and `consumer.py` know `encode`, `PublishingChannel`, `ConsumingChannel` and no client class.
+The slower of the two ways (`way.py`), taken where the lane is off, and by whoever only looks.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ def _check_size(properties: Basic.Properties, frame_max: int) -> None:
 
 
 class PublishingChannel:
-    """A channel in confirm mode."""
+    """A channel in confirm mode, through the client."""
 
     def __init__(self, session: Session, channel: aiormq.Channel) -> None:
         self._session = session
@@ -133,6 +132,9 @@ class PublishingChannel:
     @classmethod
     async def open(cls, session: Session) -> PublishingChannel:
         return cls(session, await session.open_channel(confirms=True))
+
+    def encode(self, publication: Publication) -> Encoded:
+        return encode(publication, frame_max=self._session.server.frame_max)
 
     async def publish(self, encoded: Encoded) -> bool:
         """Send once; return after the confirm whether any queue took it. May be cancelled at any moment.

@@ -18,9 +18,10 @@ import aiormq
 
 from eventbus.errors import SetupError
 from eventbus.transport.base import NotPublished, Publication, Unpublishable
-from eventbus.transport.rabbitmq.channels import Encoded, Nacked, PublishingChannel, encode
+from eventbus.transport.rabbitmq.channels import Nacked
 from eventbus.transport.rabbitmq.refusals import Address
 from eventbus.transport.rabbitmq.session import Backoff, Lost, Session, first, log, rebuild
+from eventbus.transport.rabbitmq.way import Encoded, Sending, open_sending
 
 # A channel whose publishes a queue refused is told when there is room again, but not when the policy that bounded the
 # queue is lifted (quorum queues on 3.10; found by the ledger): it would be refused for ever. A fresh one is not.
@@ -48,7 +49,7 @@ class Publisher:
         self._configured_max_bytes = max_message_bytes
         self._window = asyncio.Semaphore(window)
         self._session: Session | None = None
-        self._channel: PublishingChannel | None = None
+        self._channel: Sending | None = None
         self._changed = asyncio.Event()  # set when there is a session, or a reason to wait for none
         self._refused: SetupError | None = None
         self.is_closed = False
@@ -56,7 +57,6 @@ class Publisher:
         self._sent_to: Counter[str] = Counter()
         self.max_message_bytes = 0
         self._refused_bytes: int | None = None  # the limit that the broker itself stated
-        self._frame_max = 0
 
     async def open(self) -> Session:
         """Connect for the first time.
@@ -114,7 +114,9 @@ class Publisher:
         size = len(publication.message.body)
         if size > self.max_message_bytes:
             raise _too_large(size, self.max_message_bytes)
-        return encode(publication, frame_max=self._frame_max)
+        assert self._channel is not None  # since `open`
+        encoded: Encoded = self._channel.encode(publication)
+        return encoded
 
     async def _until_confirmed(self, encoded: Encoded, progress: _Progress) -> bool:
         backoff = Backoff()
@@ -139,7 +141,7 @@ class Publisher:
                 progress.trouble = f"the connection was lost ({lost})"
                 session.fail(lost.reason)
 
-    async def _send(self, channel: PublishingChannel, encoded: Encoded, progress: _Progress) -> bool:
+    async def _send(self, channel: Sending, encoded: Encoded, progress: _Progress) -> bool:
         before = progress.maybe_stored
         self._sent_to[encoded.exchange] += 1
         mine = self._sent_to[encoded.exchange]
@@ -165,7 +167,7 @@ class Publisher:
         # The exchange is gone. The next session declares it again, if that is its business: once more, then.
         progress.missed_exchange = True
 
-    async def _next_session(self, progress: _Progress) -> tuple[Session, PublishingChannel]:
+    async def _next_session(self, progress: _Progress) -> tuple[Session, Sending]:
         while True:
             self._check_open(progress)
             if self._session is not None and self._channel is not None and self._session.is_live:
@@ -181,18 +183,17 @@ class Publisher:
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _open_session(self) -> tuple[Session, PublishingChannel]:
+    async def _open_session(self) -> tuple[Session, Sending]:
         session = await self._build()
         try:
-            return session, await PublishingChannel.open(session)
+            return session, await open_sending(session)
         except BaseException:
             await session.close()
             raise
 
-    def _use(self, session: Session, channel: PublishingChannel) -> None:
+    def _use(self, session: Session, channel: Sending) -> None:
         usual = self._configured_max_bytes or session.server.line.max_message_bytes
         self.max_message_bytes = min(usual, self._refused_bytes or usual)
-        self._frame_max = session.server.frame_max
         self._session, self._channel, self._refused = session, channel, None
         self._changed.set()
 

@@ -83,6 +83,10 @@ class Session:
         self.began_s = asyncio.get_running_loop().time()
         self._connection = connection
         self._wire = wire
+        self.splitter = wire.splitter
+        if self.splitter is not None:
+            beat_s = self._underlay.connection_tune.heartbeat
+            self.splitter.begin(frame_max=server.frame_max, heartbeat_s=beat_s, fail=self.fail)
         self._watched: set[aiormq.Channel] = set()
         self._when_ended: list[Callable[[], None]] = []
         self._underlay.closing.add_done_callback(self._on_connection_closed)
@@ -215,7 +219,7 @@ def _exception_of(closing: asyncio.Future[Any]) -> BaseException | None:
     return None if closing.cancelled() else closing.exception()
 
 
-async def connect(url: URL, purpose: str, *, is_careful: bool = False) -> Session:
+async def connect(url: URL, purpose: str, *, is_careful: bool = False, has_lane: bool = False) -> Session:
     """A new session for *purpose*, which the broker's own tools will show.
 
     On a careful one no message can end the connection, however broken its headers are; it reads slower.
@@ -228,7 +232,7 @@ async def connect(url: URL, purpose: str, *, is_careful: bool = False) -> Sessio
     assert connecting is not None
     cancels = connecting.cancelling()
     address = Address.of(url)
-    wire = Wire(is_tls=address.is_tls, is_careful=is_careful)
+    wire = Wire(is_tls=address.is_tls, is_careful=is_careful, is_split=has_lane)
     connection = _Connection(
         url if "heartbeat" in url.query else url.update_query(heartbeat=HEARTBEAT_S),
         client_properties={"connection_name": f"{_program()}: {purpose}", "product": "eventbus"},

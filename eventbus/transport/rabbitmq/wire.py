@@ -7,6 +7,7 @@ a message whose headers the client cannot read (it would end the connection, aga
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -17,6 +18,10 @@ from pamqp.constants import FRAME_HEADER
 from pamqp.header import ContentHeader
 from yarl import URL
 
+from eventbus.transport.rabbitmq.splitter import Splitter, unfit
+
+log = logging.getLogger("eventbus.transport.rabbitmq")
+
 # No sender sets it: the specification knows 1 and 2.
 UNREADABLE_DELIVERY_MODE: Final = 254
 _FIXED: Final = 12  # class, weight and body size, before the properties
@@ -24,17 +29,26 @@ _UNREADABLE: Final = bytes([0x10, 0x00, UNREADABLE_DELIVERY_MODE])  # properties
 
 
 class Wire(aiormq.TransportFactory):
-    """*is_careful* costs a second decoding of every header frame, and no message can end the connection."""
+    """*is_careful* costs a second decoding of every header frame, and no message can end the connection.
 
-    def __init__(self, *, is_tls: bool, is_careful: bool) -> None:
+    *is_split*: events take the lane, and only the rest is the client's.
+    """
+
+    def __init__(self, *, is_tls: bool, is_careful: bool, is_split: bool) -> None:
         self._factory = TLSTransportFactory() if is_tls else TCPTransportFactory()
         self._is_careful = is_careful
+        self._is_split = is_split
+        self.splitter: Splitter | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._frames: _Frames | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         self._reader, self._writer = await self._factory.create(url, **kwargs)
+        if self._is_split and (why := unfit(self._reader, self._writer)) is not None:
+            log.warning("the lane is closed: events go through the client, slower", extra={"why": why})
+        elif self._is_split:
+            self.splitter = Splitter(self._reader, self._writer)
         self._frames = _Frames(self._reader.readexactly)
         self._reader.readexactly = self._frames.readexactly  # type: ignore[method-assign]
         return self._reader, self._writer

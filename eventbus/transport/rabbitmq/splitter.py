@@ -1,0 +1,121 @@
+"""One connection's frames, split: those for a channel of ours go to it, all others on to the client, untouched.
+
+The client opens, authenticates and declares, and hears of closing, cancelling, alarms and answers to its calls in the
+order in which they came. The frames that carry events are read where they arrive, and what we send is written once per
+turn of the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from eventbus.transport.rabbitmq import frames
+
+_FRAME: Final = struct.Struct(">BHI")
+
+
+class Inbox(Protocol):
+    """A channel of ours: takes the frames that are for it, and leaves the others to the client."""
+
+    def take(self, kind: int, data: bytes, at: int, end: int) -> bool:
+        """Whether the frame was one of ours. Its payload is `data[at:end]`."""
+
+
+class Splitter:
+    """Sits between the socket and the client's reader."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.frame_max = 0
+        self._pass_on = reader.feed_data
+        self._transport: asyncio.Transport = writer.transport  # type: ignore[assignment]  # a StreamWriter's is one
+        self._loop = asyncio.get_running_loop()
+        self._inboxes: dict[int, Inbox] = {}
+        self._rest = b""
+        self._is_broken = False
+        self._fail: Callable[[BaseException], None] = lambda _error: writer.transport.abort()
+        self._beat_s = 0.0
+        self._beaten_s = self._loop.time()
+        self._out: list[bytes] = []
+        # From the first byte on, or we would not know where a frame begins.
+        reader.feed_data = self.feed  # type: ignore[method-assign, assignment]
+
+    def begin(self, *, frame_max: int, heartbeat_s: float, fail: Callable[[BaseException], None]) -> None:
+        """The handshake is over."""
+        self.frame_max = frame_max
+        self._beat_s = heartbeat_s / 2
+        self._fail = fail
+
+    def enter(self, number: int, inbox: Inbox) -> None:
+        self._inboxes[number] = inbox
+
+    def leave(self, number: int) -> None:
+        self._inboxes.pop(number, None)
+
+    # ── in ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def feed(self, data: bytes) -> None:
+        """Take what the socket brought."""
+        if self._is_broken:
+            self._pass_on(data)
+            return
+        if self._rest:
+            data = self._rest + data
+        try:
+            self._rest = self._split(bytes(data))
+        except Exception as error:  # noqa: BLE001  # raised from here it would reach nobody but the event loop
+            self._rest, self._is_broken = b"", True
+            self._fail(error)
+            return
+        if self._beat_s and (now_s := self._loop.time()) - self._beaten_s > self._beat_s:
+            # The client takes a connection for dead on which it reads nothing, and of all this it reads nothing.
+            self._beaten_s = now_s
+            self._pass_on(frames.HEARTBEAT)
+
+    def _split(self, data: bytes) -> bytes:
+        at, end = 0, len(data)
+        inboxes, unpack = self._inboxes, _FRAME.unpack_from
+        while end - at > 7:
+            kind, channel, size = unpack(data, at)
+            stop = at + 7 + size
+            if stop >= end:
+                if self.frame_max and size > self.frame_max:
+                    break
+                return data[at:]
+            if data[stop] != frames.END:
+                break
+            inbox = inboxes.get(channel)
+            if inbox is None or not inbox.take(kind, data, at + 7, stop):
+                self._pass_on(data[at : stop + 1])
+            at = stop + 1
+        else:
+            return data[at:]
+        self._is_broken = True
+        self._pass_on(data[at:])  # no frames: the client says so, and ends the connection
+        return b""
+
+    # ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def write(self, *pieces: bytes) -> None:
+        """Send whole frames at the end of this turn of the event loop, with all others of it."""
+        if not self._out:
+            self._loop.call_soon(self.flush)
+        self._out += pieces
+
+    def flush(self) -> None:
+        """Send now what waits for the end of the turn: before something of the client's that must come after it."""
+        if self._out:
+            out, self._out = self._out, []
+            if not self._transport.is_closing():
+                self._transport.write(b"".join(out))
+
+
+def unfit(reader: Any, writer: Any) -> str | None:
+    """Why what the client opened cannot be split; None if it can."""
+    if not isinstance(reader, asyncio.StreamReader):
+        return f"it reads with a {type(reader).__name__}"
+    if not isinstance(writer, asyncio.StreamWriter):
+        return f"it writes with a {type(writer).__name__}"
+    return None
