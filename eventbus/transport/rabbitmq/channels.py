@@ -5,6 +5,7 @@ The slower of the two ways (`way.py`), taken where the lane is off, and by whoev
 
 from __future__ import annotations
 
+import asyncio
 import random
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -136,16 +137,11 @@ class PublishingChannel:
     def encode(self, publication: Publication) -> Encoded:
         return encode(publication, frame_max=self._session.server.frame_max)
 
-    async def publish(self, encoded: Encoded) -> bool:
-        """Send once; return after the confirm whether any queue took it. May be cancelled at any moment.
-
-        Raises:
-            Nacked: a queue refused it.
-            Lost: the session died, and nobody knows.
-        """
+    async def publish(self, encoded: Encoded, deadline_s: float) -> bool:
+        """As `way.Sending` promises."""
         # Fresh every time: the client matches returned messages by it.
         encoded.properties.message_id = f"{random.getrandbits(128):032x}"
-        async with Calling(self._session, self._channel):
+        async with asyncio.timeout_at(deadline_s), Calling(self._session, self._channel):
             try:
                 answer = await self._channel.basic_publish(
                     encoded.body,

@@ -64,7 +64,7 @@ class Malformed(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Headers as values, and beside them, by name, the bytes (type and value) of those that we would write otherwise."""
+    """Headers as values; by name, the bytes (type and value) of those that we would write otherwise."""
 
     values: dict[str, object]
     foreign: dict[str, bytes]
@@ -375,9 +375,7 @@ def _read_others(data: bytes, at: int, flags: int, others: dict[str, object]) ->
     return at, message_id
 
 
-def write_properties(
-    content_type: str | None, table: bytes, properties: Mapping[str, object]
-) -> tuple[bytes, bytes]:
+def write_properties(content_type: str | None, table: bytes, properties: Mapping[str, object]) -> tuple[bytes, bytes]:
     """What comes before and behind the message id, from the flags on: always persistent, always with an id.
 
     Raises:

@@ -7,6 +7,7 @@ and touches no other. Consuming: one pass over what arrived, and headers that so
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from eventbus.transport.rabbitmq.session import Calling, Lost, Session
 _METHOD: Final = struct.Struct(">I")
 _SIZE: Final = struct.Struct(">Q")
 _MAX_METHODS: Final = 1000  # kept encoded: event types are few, but the delay tree's keys are many
+_NOBODY: Final = (None, 0.0)
 _ID_BYTES: Final = 33  # a message id with its length
 
 
@@ -95,7 +97,9 @@ class LanePublishing:
         self._splitter = session.splitter
         self._number = channel.number
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[int, asyncio.Future[bool]] = {}
+        self._waiting: dict[int, tuple[asyncio.Future[bool], float]] = {}  # by tag, each with its deadline
+        self._look: asyncio.TimerHandle | None = None
+        self._next_look_s = math.inf
         self._sent = 0  # the last tag
         self._open = 1  # no tag before it waits
         self._returned: set[int] = set()
@@ -115,21 +119,11 @@ class LanePublishing:
     def encode(self, publication: Publication) -> Encoded:
         return encode(publication, frame_max=self._session.server.frame_max)
 
-    async def publish(self, encoded: Encoded) -> bool:
-        """Send once; return after the confirm whether any queue took it. May be cancelled at any moment.
-
-        Raises:
-            Nacked: a queue refused it.
-            Lost: the session died, and nobody knows.
-        """
-        return await self.send(encoded)
-
-    def send(self, encoded: Encoded) -> asyncio.Future[bool]:
-        """Send once. The future ends as `publish` does."""
-        future: asyncio.Future[bool] = self._loop.create_future()
+    async def publish(self, encoded: Encoded, deadline_s: float) -> bool:
+        """As `way.Sending` promises."""
         if not self._session.is_live:
-            future.set_exception(Lost(self._session.reason))
-            return future
+            raise Lost(self._session.reason)
+        future: asyncio.Future[bool] = self._loop.create_future()
         place = (encoded.exchange, encoded.key)
         method = self._methods.get(place)
         if method is None:
@@ -137,7 +131,9 @@ class LanePublishing:
                 self._methods.clear()
             method = self._methods[place] = frames.publish_frame(self._number, *place)
         self._sent += 1
-        self._waiting[self._sent] = future
+        self._waiting[self._sent] = future, deadline_s
+        if deadline_s < self._next_look_s:
+            self._look_at(deadline_s)
         # Fresh every time: a message that no queue took is known again by it, as its return has no tag.
         message_id = f"{self._prefix}{self._sent:016x}".encode()
         self._splitter.write(
@@ -146,12 +142,33 @@ class LanePublishing:
                 self._number, encoded.head, message_id, encoded.tail, encoded.body, self._splitter.frame_max
             ),
         )
-        return future
+        return await future
+
+    # One timer for all: publishes are many, and few of them end by their deadline.
+
+    def _look_at(self, when_s: float) -> None:
+        if self._look is not None:
+            self._look.cancel()
+        # Deadlines rarely pass: rather look once too often than set a timer for each publish.
+        self._next_look_s = max(when_s, self._loop.time())
+        self._look = self._loop.call_at(self._next_look_s, self._end_overdue)
+
+    def _end_overdue(self) -> None:
+        now_s, self._look, self._next_look_s = self._loop.time(), None, math.inf
+        for future, deadline_s in self._waiting.values():
+            if deadline_s <= now_s and not future.done():
+                future.set_exception(TimeoutError())
+                future.exception()
+        open_s = [deadline_s for future, deadline_s in self._waiting.values() if not future.done()]
+        if open_s:
+            self._look_at(min(open_s))
 
     def _fail(self) -> None:
         """The session is over: nobody knows what became of what waits."""
         waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
+        if self._look is not None:
+            self._look.cancel()
+        for future, _ in waiting.values():
             if not future.done():
                 future.set_exception(Lost(self._session.reason))
                 future.exception()  # seen: whoever waited may be gone
@@ -193,7 +210,7 @@ class LanePublishing:
         self._open = last + 1
 
     def _confirm_one(self, tag: int, *, is_stored: bool) -> None:
-        future = self._waiting.pop(tag, None)
+        future, _ = self._waiting.pop(tag, _NOBODY)
         is_routed = True
         if self._returned and tag in self._returned:
             self._returned.discard(tag)

@@ -140,6 +140,11 @@ class Session:
         """From now on *channel* may end alone."""
         self._watched.discard(channel)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether who writes must wait until it is `writable`."""
+        return self._wire.is_full
+
     async def writable(self) -> None:
         """Return once there is room to write.
 

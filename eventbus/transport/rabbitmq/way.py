@@ -34,10 +34,11 @@ class Sending(Protocol):
             Unpublishable: it would arrive changed, or not at all.
         """
 
-    async def publish(self, encoded: Any) -> bool:
+    async def publish(self, encoded: Any, deadline_s: float) -> bool:
         """Send once; return after the confirm whether any queue took it. May be cancelled at any moment.
 
         Raises:
+            TimeoutError: no confirm until *deadline_s* of the event loop's clock, or a little later.
             Nacked: a queue refused it.
             Lost: the session died, and nobody knows.
         """

@@ -24,6 +24,7 @@ log = logging.getLogger("eventbus.transport.rabbitmq")
 
 # No sender sets it: the specification knows 1 and 2.
 UNREADABLE_DELIVERY_MODE: Final = 254
+HIGH_WATER: Final = 64 * 1024
 _FIXED: Final = 12  # class, weight and body size, before the properties
 _UNREADABLE: Final = bytes([0x10, 0x00, UNREADABLE_DELIVERY_MODE])  # properties that hold a delivery mode alone
 
@@ -69,6 +70,11 @@ class Wire(aiormq.TransportFactory):
             return None
         frame.unmarshal(last[4:-1])
         return frame.reply_text
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more is buffered than the event loop wants to hold (its default for high water)."""
+        return self._writer is not None and self._writer.transport.get_write_buffer_size() > HIGH_WATER
 
     async def writable(self) -> None:
         """Return once the socket takes more. A broker under an alarm stops reading: this is what bounds our memory."""
