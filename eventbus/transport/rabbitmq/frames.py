@@ -40,6 +40,7 @@ _I64: Final = struct.Struct(">q")
 _U64: Final = struct.Struct(">Q")
 _CLASS_AND_SIZE: Final = struct.Struct(">HHQ")
 _TAG_AND_BITS: Final = struct.Struct(">QB")
+_LEAST_HEADER: Final = 14  # class, weight and size of the body, and the flags of the properties
 
 # The properties in the order of their flags, from bit 15 downwards.
 _NAMES: Final = (
@@ -96,7 +97,7 @@ def read_table(data: bytes, at: int, end: int) -> Table:
             else:
                 value, stop = _read_value(data, at, end, 0)
                 values[name] = value
-                if kind == 0x74:  # t
+                if kind == 0x74 and data[at + 1] < 2:  # t
                     foreign.pop(name, None)
                 else:
                     foreign[name] = data[at:stop]
@@ -143,7 +144,7 @@ def _read_void(_data: bytes, at: int, _end: int, _depth: int) -> tuple[object, i
 
 def _read_decimal(data: bytes, at: int, _end: int, _depth: int) -> tuple[object, int]:
     (unscaled,) = _I32.unpack_from(data, at + 1)
-    return Decimal(unscaled) * (Decimal(10) ** -data[at]), at + 5
+    return Decimal(f"{unscaled}E-{data[at]}"), at + 5  # exact, whatever the context of this thread
 
 
 def _read_timestamp(data: bytes, at: int, _end: int, _depth: int) -> tuple[object, int]:
@@ -468,14 +469,20 @@ def nack_frame(channel: int, tag: int, *, is_requeued: bool) -> bytes:
     return _ACK.pack(METHOD, channel, 13, NACK, tag, 2 * is_requeued, END)
 
 
-def read_confirm(data: bytes, at: int) -> tuple[int, bool]:
-    """The tag of a basic.ack or basic.nack whose arguments begin at *at*, and whether all before it are meant too."""
+def read_confirm(data: bytes, at: int, end: int) -> tuple[int, bool]:
+    """The tag of a basic.ack or basic.nack whose arguments are `data[at:end]`, and whether all before it are meant too.
+
+    Raises:
+        Malformed: it is none.
+    """
+    if end - at != _TAG_AND_BITS.size:
+        raise Malformed("a confirm that ends before or behind its frame")
     tag, bits = _TAG_AND_BITS.unpack_from(data, at)
     return tag, bool(bits & 1)
 
 
-def read_deliver(data: bytes, at: int) -> tuple[int, bool, str, str]:
-    """Of a basic.deliver whose arguments begin at *at*: tag, redelivered, exchange and routing key.
+def read_deliver(data: bytes, at: int, end: int) -> tuple[int, bool, str, str]:
+    """Of a basic.deliver whose arguments are `data[at:end]`: tag, redelivered, exchange and routing key.
 
     Raises:
         Malformed: it is none.
@@ -484,12 +491,26 @@ def read_deliver(data: bytes, at: int) -> tuple[int, bool, str, str]:
         at += 1 + data[at]  # the consumer's tag
         tag, bits = _TAG_AND_BITS.unpack_from(data, at)
         at += 9
-        stop = at + 1 + data[at]
-        exchange = data[at + 1 : stop]
-        key = data[stop + 1 : stop + 1 + data[stop]]
-        return tag, bool(bits & 1), str(exchange, "utf-8", "replace"), str(key, "utf-8", "replace")
+        middle = at + 1 + data[at]
+        stop = middle + 1 + data[middle]
     except (IndexError, struct.error) as error:
         raise Malformed(f"basic.deliver: {error}") from None
+    if stop != end:
+        raise Malformed("a basic.deliver that ends before or behind its frame")
+    exchange, key = data[at + 1 : middle], data[middle + 1 : stop]
+    return tag, bool(bits & 1), str(exchange, "utf-8", "replace"), str(key, "utf-8", "replace")
+
+
+def read_body_size(data: bytes, at: int, end: int) -> int:
+    """Of the content header that is `data[at:end]`. Its properties begin at `at + 12`.
+
+    Raises:
+        Malformed: it is none.
+    """
+    if end - at < _LEAST_HEADER:
+        raise Malformed("a content header that is too short")
+    size: int = _U64.unpack_from(data, at + 4)[0]
+    return size
 
 
 def read_message_id(data: bytes, at: int, end: int) -> str:

@@ -11,6 +11,7 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 from uuid import uuid4
 
@@ -25,7 +26,6 @@ from eventbus.transport.rabbitmq.channels import ConsumerCancelled, Incoming, Na
 from eventbus.transport.rabbitmq.session import Calling, Lost, Session
 
 _METHOD: Final = struct.Struct(">I")
-_SIZE: Final = struct.Struct(">Q")
 _MAX_METHODS: Final = 1000  # kept encoded: event types are few, but the delay tree's keys are many
 _NOBODY: Final = (None, 0.0)
 _ID_BYTES: Final = 33  # a message id with its length
@@ -101,7 +101,6 @@ class LanePublishing:
         self._look: asyncio.TimerHandle | None = None
         self._next_look_s = math.inf
         self._sent = 0  # the last tag
-        self._open = 1  # no tag before it waits
         self._returned: set[int] = set()
         self._is_returning = False
         self._returning = 0  # bytes of a returned body that are still to come
@@ -180,9 +179,9 @@ class LanePublishing:
         if kind == frames.METHOD:
             (method,) = _METHOD.unpack_from(data, at)
             if method == frames.ACK:
-                self._confirm(*frames.read_confirm(data, at + 4), is_stored=True)
+                self._confirm(*frames.read_confirm(data, at + 4, end), is_stored=True)
             elif method == frames.NACK:
-                self._confirm(*frames.read_confirm(data, at + 4), is_stored=False)
+                self._confirm(*frames.read_confirm(data, at + 4, end), is_stored=False)
             elif method == frames.RETURN:
                 self._is_returning = True
             else:
@@ -191,7 +190,7 @@ class LanePublishing:
         if not self._is_returning:
             return False
         if kind == frames.HEADER:
-            (self._returning,) = _SIZE.unpack_from(data, at + 4)
+            self._returning = frames.read_body_size(data, at, end)
             message_id = frames.read_message_id(data, at + 12, end)
             if message_id.startswith(self._prefix):
                 self._returned.add(int(message_id[len(self._prefix) :], 16))
@@ -205,9 +204,9 @@ class LanePublishing:
             self._confirm_one(tag, is_stored=is_stored)
             return
         last = tag or self._sent  # 0 means all
-        for each in range(self._open, last + 1):
+        # They wait in the order of their tags: no more than these are touched, however many came singly before.
+        for each in list(takewhile(last.__ge__, self._waiting)):
             self._confirm_one(each, is_stored=is_stored)
-        self._open = last + 1
 
     def _confirm_one(self, tag: int, *, is_stored: bool) -> None:
         future, _ = self._waiting.pop(tag, _NOBODY)
@@ -238,7 +237,7 @@ class LaneConsuming:
         self._begun: tuple[int, bool, str, str] | None = None
         self._message: Message | None = None
         self._properties: frames.Properties | None = None
-        self._missing = 0
+        self._missing = -1  # of the body; before the header came, nobody knows
         self._parts: list[bytes] = []
 
     @classmethod
@@ -308,12 +307,17 @@ class LaneConsuming:
             (method,) = _METHOD.unpack_from(data, at)
             if method != frames.DELIVER:
                 return False
-            self._begun = frames.read_deliver(data, at + 4)
+            if self._begun is not None:
+                raise frames.Malformed("a delivery before the end of another")
+            self._begun = frames.read_deliver(data, at + 4, end)
+            self._missing = -1
             return True
         if self._begun is None:
             return False
         if kind == frames.HEADER:
-            (self._missing,) = _SIZE.unpack_from(data, at + 4)
+            if self._missing >= 0:
+                raise frames.Malformed("a delivery with two headers")
+            self._missing = frames.read_body_size(data, at, end)
             try:
                 self._properties = frames.read_properties(data, at + 12, end)
             except frames.Malformed:
@@ -321,10 +325,12 @@ class LaneConsuming:
             if not self._missing:
                 self._complete(b"")
             return True
+        if end - at > self._missing:
+            raise frames.Malformed("a body before its header, or longer than that says")
         self._missing -= end - at
         if self._missing or self._parts:
             self._parts.append(data[at:end])
-            if self._missing <= 0:
+            if not self._missing:
                 self._complete(b"".join(self._parts))
         else:
             self._complete(data[at:end])

@@ -15,6 +15,9 @@ from typing import Any, Final, Protocol
 from eventbus.transport.rabbitmq import frames
 
 _FRAME: Final = struct.Struct(">BHI")
+_HEARTBEAT: Final = 8
+_MAX_GREETING: Final = 2**20  # no frame of a handshake is bigger
+_UNBOUNDED: Final = 2**32
 
 
 class Inbox(Protocol):
@@ -29,11 +32,14 @@ class Splitter:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.frame_max = 0
+        self._room = _MAX_GREETING
+        self._has_begun = False
         self._pass_on = reader.feed_data
         self._transport: asyncio.Transport = writer.transport  # type: ignore[assignment]  # a StreamWriter's is one
         self._loop = asyncio.get_running_loop()
         self._inboxes: dict[int, Inbox] = {}
-        self._rest = b""
+        self._rest: list[bytes] = []  # of a frame that is not here as a whole: so much is missing at least
+        self._missing = 0
         self._is_broken = False
         self._fail: Callable[[BaseException], None] = lambda _error: writer.transport.abort()
         self._beat_s = 0.0
@@ -44,7 +50,9 @@ class Splitter:
 
     def begin(self, *, frame_max: int, heartbeat_s: float, fail: Callable[[BaseException], None]) -> None:
         """The handshake is over."""
+        self._has_begun = True
         self.frame_max = frame_max
+        self._room = frame_max - frames.OVERHEAD if frame_max else _UNBOUNDED
         self._beat_s = heartbeat_s / 2
         self._fail = fail
 
@@ -57,44 +65,58 @@ class Splitter:
     # ── in ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def feed(self, data: bytes) -> None:
-        """Take what the socket brought."""
+        """Take what the socket brought. Raises nothing: it would reach nobody but the event loop."""
         if self._is_broken:
-            self._pass_on(data)
+            if not self._has_begun:
+                self._pass_on(data)
             return
-        if self._rest:
-            data = self._rest + data
-        try:
-            self._rest = self._split(bytes(data))
-        except Exception as error:  # noqa: BLE001  # raised from here it would reach nobody but the event loop
-            self._rest, self._is_broken = b"", True
-            self._fail(error)
-            return
+        self._rest.append(data)
+        self._missing -= len(data)
+        if self._missing <= 0:
+            whole = b"".join(self._rest) if len(self._rest) > 1 else bytes(data)
+            self._rest.clear()
+            self._split(whole)
         if self._beat_s and (now_s := self._loop.time()) - self._beaten_s > self._beat_s:
             # The client takes a connection for dead on which it reads nothing, and of all this it reads nothing.
             self._beaten_s = now_s
             self._pass_on(frames.HEARTBEAT)
 
-    def _split(self, data: bytes) -> bytes:
+    def _split(self, data: bytes) -> None:
         at, end = 0, len(data)
-        inboxes, unpack = self._inboxes, _FRAME.unpack_from
-        while end - at > 7:
+        inboxes, unpack, room = self._inboxes, _FRAME.unpack_from, self._room
+        missing = frames.OVERHEAD
+        while end - at >= frames.OVERHEAD:
             kind, channel, size = unpack(data, at)
+            if size > room or not (0 < kind < 4 or kind == _HEARTBEAT):
+                self._break(data[at:], f"a frame of type {kind} and {size} bytes, where {room} fit")
+                return
             stop = at + 7 + size
             if stop >= end:
-                if self.frame_max and size > self.frame_max:
-                    break
-                return data[at:]
-            if data[stop] != frames.END:
+                missing = stop + 1 - at
                 break
+            if data[stop] != frames.END:
+                self._break(data[at:], "a frame does not end where it says")
+                return
             inbox = inboxes.get(channel)
-            if inbox is None or not inbox.take(kind, data, at + 7, stop):
+            try:
+                is_taken = inbox is not None and kind != _HEARTBEAT and inbox.take(kind, data, at + 7, stop)
+            except Exception as error:  # noqa: BLE001  # whatever it is: what follows is split for a last goodbye
+                self._fail(error)
+                is_taken = True
+            if not is_taken:
                 self._pass_on(data[at : stop + 1])
             at = stop + 1
-        else:
-            return data[at:]
+        self._missing = missing - (end - at)
+        if at < end:
+            self._rest.append(data[at:])
+
+    def _break(self, data: bytes, why: str) -> None:
+        """From *data* on these are no frames: nobody knows any more where one begins."""
         self._is_broken = True
-        self._pass_on(data[at:])  # no frames: the client says so, and ends the connection
-        return b""
+        if self._has_begun:
+            self._fail(frames.Malformed(why))
+        else:
+            self._pass_on(data)  # whoever answers is no broker of ours: the client knows how to say so
 
     # ── out ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
