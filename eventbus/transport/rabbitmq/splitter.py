@@ -115,6 +115,7 @@ class Splitter:
         self._is_broken = True
         if self._has_begun:
             self._fail(frames.Malformed(why))
+            self._transport.abort()  # without a goodbye, whose answer nobody could read (AMQP 0-9-1, section 4.2.3)
         else:
             self._pass_on(data)  # whoever answers is no broker of ours: the client knows how to say so
 
