@@ -28,14 +28,12 @@ ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL
 	@$(BIN)/python -m tests.faults.ledger $(if $(CELL),--cell $(CELL)) $(if $(BROKER),--broker $(BROKER)) \
 		$(if $(EVENTS),--events $(EVENTS))
 
-<<<<<<< HEAD
 bench: $(BENCH)/.bench  ## measure ours and its peers: PERFORMANCE.md; QUICK=1 ONLY=publish,handle,... ROUNDS=3 EVENTS=20000
 	@$(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') \
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(EVENTS),--events $(EVENTS)) $(if $(BROKER),--broker $(BROKER))
-=======
+
 fuzz: $(VENV)/.dev  ## random frames against the client's own codec; SECONDS=600 SEED=...
 	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
->>>>>>> 6adbe38 (The lane's frames against the client's own codec, at every cut and at every byte of a dying connection)
 
 check: $(VENV)/.dev  ## format, lint, types, the direction of imports
 	$(BIN)/ruff format --check .
