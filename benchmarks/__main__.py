@@ -29,6 +29,7 @@ PUBLISHED = Path(__file__).parent
 PAGE = PUBLISHED.parent / "PERFORMANCE.md"
 ASIDE = PUBLISHED.parent / ".eventbus" / "bench"
 ROUNDS, EVENTS, QUICK_EVENTS = 3, 20_000, 6_000
+PLAIN_WIDTH = 150
 PACKAGES = {"FastStream": "faststream", "taskiq": "taskiq_aio_pika", "Celery": "celery", "Dramatiq": "dramatiq",
             "pika": "pika"}  # fmt: skip
 
@@ -61,6 +62,8 @@ def _positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=PLAIN_WIDTH)  # else tables would be folded to 80
     brokers = Brokers()
     began = time.monotonic()
     try:
@@ -116,6 +119,7 @@ def chosen(options: argparse.Namespace, run: report.Run, client: Path | None) ->
 def measure(wanted: Sequence[Cell], stage: Stage, run: report.Run, console: Console) -> bool:
     """Run all cells in turn, round by round; whether none failed."""
     rounds = [[cell for cell in wanted if number == 0 or not cell.is_once] for number in range(run.rounds)]
+    rounds[1::2] = [backwards[::-1] for backwards in rounds[1::2]]  # nobody always comes after the same neighbour
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed = set[str]()
@@ -129,7 +133,7 @@ def measure(wanted: Sequence[Cell], stage: Stage, run: report.Run, console: Cons
                     figures, profile = stage.run(cell)
                 except (ProgramError, ServerError, ValueError) as error:
                     failed.add(cell.title)
-                    run.notes.append(f"{cell.title}, round {number + 1}: failed: {error}")
+                    run.notes.append(f"{cell.title}, round {number + 1}: failed: {str(error).splitlines()[-1]}")
                     console.print(f"BAD {cell.title}: {error}", highlight=False, soft_wrap=True)
                 else:
                     for figure in figures:

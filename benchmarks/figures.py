@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.plan import FASTSTREAM, OURS, C
 
-Answer = Mapping[str, Any]  # a program's line of JSON
+# A program's line of JSON. Its `marks` are (events so far, seconds on the machine's clock, seconds of CPU).
+Answer = Mapping[str, Any]
 WARM_EVENTS = 1000  # not counted: connections warm up, caches fill
 WARM_LATENCIES = 500
 PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
@@ -85,7 +86,7 @@ def _warm(marks: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
 
 
 def _count_at(marks: Sequence[Sequence[float]], moment: float) -> float:
-    for (count, at), (next_count, next_at) in pairwise(marks):
+    for (count, at, *_), (next_count, next_at, *_) in pairwise(marks):
         if at <= moment <= next_at and next_at > at:
             return count + (next_count - count) * (moment - at) / (next_at - at)
     return marks[-1][0] if moment >= marks[-1][1] else marks[0][0]
@@ -101,8 +102,10 @@ def latencies_of(answer: Answer) -> list[Figure]:
 
 
 def cpu_us(answers: Sequence[Answer]) -> float:
-    """The processes' CPU time per event."""
-    return 1e6 * sum(float(answer["cpu_s"]) for answer in answers) / sum(int(answer["count"]) for answer in answers)
+    """The processes' CPU time per event, after the warm-up."""
+    tracks = [_warm(answer["marks"]) for answer in answers]
+    events = sum(track[-1][0] - track[0][0] for track in tracks)
+    return 1e6 * sum(track[-1][2] - track[0][2] for track in tracks) / max(1, events)
 
 
 def ratios_of(figures: Figures) -> dict[str, float]:

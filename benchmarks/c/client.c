@@ -22,7 +22,7 @@ static const char *const EXCHANGE = "bench", *const QUEUE = "bench", *const KEY 
 static struct {
     long expected, step, count, marks, samples;
     long mark_counts[2 * MARKS + 2];
-    double mark_times[2 * MARKS + 2];
+    double mark_times[2 * MARKS + 2], mark_cpus[2 * MARKS + 2];
     long *latencies_us;
 } meter;
 
@@ -48,6 +48,7 @@ static void saw(int64_t sent_ns) {
     if (meter.latencies_us && sent_ns) meter.latencies_us[meter.samples++] = (now_ns() - sent_ns) / 1000;
     if (meter.count % meter.step == 0 || meter.count == meter.expected) {
         meter.mark_counts[meter.marks] = meter.count;
+        meter.mark_cpus[meter.marks] = cpu_s();
         meter.mark_times[meter.marks++] = now_ns() / 1e9;
     }
 }
@@ -63,11 +64,11 @@ static long max_rss_kb(void) {
     return found;
 }
 
-static void report(double began_cpu_s) {
-    double spent = cpu_s() - began_cpu_s;
-    printf("{\"count\": %ld, \"cpu_s\": %.3f, \"max_rss_kb\": %ld, \"marks\": [", meter.count, spent, max_rss_kb());
+static void report(void) {
+    printf("{\"count\": %ld, \"max_rss_kb\": %ld, \"marks\": [", meter.count, max_rss_kb());
     for (long i = 0; i < meter.marks; i++)
-        printf("%s[%ld, %.6f]", i ? ", " : "", meter.mark_counts[i], meter.mark_times[i]);
+        printf("%s[%ld, %.6f, %.6f]", i ? ", " : "", meter.mark_counts[i], meter.mark_times[i],
+               meter.mark_cpus[i]);
     printf("], \"latencies_us\": [");
     for (long i = 0; i < meter.samples; i++) printf("%s%ld", i ? ", " : "", meter.latencies_us[i]);
     printf("]}\n");
@@ -155,7 +156,6 @@ static void publish(char **at, int window, int size, double rate) {
     amqp_confirm_select(connection, CHANNEL);
     check(connection, "no confirms");
     wait_for_go();
-    double began_cpu_s = cpu_s();
     int64_t began = now_ns();
     for (long sent = 0; meter.count < meter.expected;) {
         int64_t due = rate > 0 ? began + (int64_t)(sent / rate * 1e9) : 0;
@@ -174,7 +174,7 @@ static void publish(char **at, int window, int size, double rate) {
             take_confirms(connection, NULL);
         }
     }
-    report(began_cpu_s);
+    report();
 }
 
 /* ── handling ────────────────────────────────────────────────────────────────────────────────────────────────────── */
@@ -191,7 +191,6 @@ static void handle(char **at, int ack_every) {
     amqp_basic_qos(connection, CHANNEL, 0, PREFETCH, 0);
     check(connection, "no prefetch");
     wait_for_go();
-    double began_cpu_s = cpu_s();
     amqp_basic_consume(connection, CHANNEL, amqp_cstring_bytes(QUEUE), amqp_empty_bytes, 0, 0, 0, amqp_empty_table);
     check(connection, "cannot consume");
     puts("working");
@@ -208,7 +207,7 @@ static void handle(char **at, int ack_every) {
         saw(sent_ns);
         amqp_destroy_envelope(&envelope);
     }
-    report(began_cpu_s);
+    report();
 }
 
 int main(int count, char **arguments) {

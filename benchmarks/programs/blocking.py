@@ -36,25 +36,24 @@ def publish(publish_one: Callable[[Order], object], job: Job) -> None:
     lines, note = lines_of(job.payload), note_of(job.payload)
     meter = Meter(job)
     jobs.wait_for_go()
-    began_cpu_s, began = time.process_time(), time.monotonic()
+    began = time.monotonic()
     for number in range(job.events):
         if job.rate is not None:
             time.sleep(max(0.0, began + number / job.rate - time.monotonic()))
         publish_one(Order(number=number, sent_ns=time.monotonic_ns(), lines=lines, note=note))
         meter.saw(0)
-    jobs.report(meter, time.process_time() - began_cpu_s)
+    jobs.report(meter)
     leave()
 
 
 def handle(program: Program, job: Job) -> None:
     meter = Meter(job)
     jobs.wait_for_go()
-    began_cpu_s = time.process_time()
 
     def saw(sent_ns: int) -> None:
         meter.saw(sent_ns)
         if meter.count == meter.expected:
-            jobs.report(meter, time.process_time() - began_cpu_s)
+            jobs.report(meter)
             leave()
 
     program.work(job, meter, saw)

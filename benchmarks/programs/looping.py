@@ -50,8 +50,7 @@ async def handle(program: Program, job: Job) -> None:
         async with program.worker(job, meter):
             jobs.say_working()
             await until_done(meter, IDLE_S if job.share else HELD_UP_S)
-            cpu_s = time.process_time() - profile.began_cpu_s
-    jobs.report(meter, cpu_s, profile=profile.rows)
+    jobs.report(meter, profile=profile.rows)
 
 
 async def until_done(meter: Meter, idle_s: float) -> None:
@@ -74,8 +73,7 @@ async def publish(program: Program, job: Job) -> None:
                 await in_batches(publish_one, job, meter)
             else:
                 await in_window(publish_one, job, meter, 1 if job.how == "one" else WINDOW)
-            cpu_s = time.process_time() - profile.began_cpu_s
-        jobs.report(meter, cpu_s, profile=profile.rows)
+        jobs.report(meter, profile=profile.rows)
 
 
 async def in_window(publish_one: Publish, job: Job, meter: Meter, window: int) -> None:
@@ -123,15 +121,13 @@ async def all_of(running: Sequence[Coroutine[Any, Any, None]]) -> None:
 
 
 class Profile:
-    """CPU time of a block; with a profile of it, if the job asks for one."""
+    """A profile of a block, if the job asks for one."""
 
     def __init__(self, job: Job) -> None:
         self.rows: list[dict[str, object]] = []
-        self.began_cpu_s = 0.0
         self._profile = cProfile.Profile() if job.profile else None
 
     def __enter__(self) -> Self:
-        self.began_cpu_s = time.process_time()
         if self._profile is not None:
             self._profile.enable()
         return self

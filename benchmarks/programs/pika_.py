@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 
 import pika
@@ -59,7 +58,6 @@ class Window:
         self._lines, self._note = lines_of(job.payload), note_of(job.payload)
         self._meter = Meter(job)
         self._sent = self._confirmed = 0
-        self._began_cpu_s = 0.0
 
     def run(self) -> None:
         channel_of(self._job).connection.close()  # it is declared
@@ -75,7 +73,6 @@ class Window:
 
     def _begin(self) -> None:
         jobs.wait_for_go()
-        self._began_cpu_s = time.process_time()
         self._fill()
 
     def _fill(self) -> None:
@@ -92,7 +89,7 @@ class Window:
         for _ in range(confirmed):
             self._meter.saw(0)
         if self._confirmed == self._job.events:
-            jobs.report(self._meter, time.process_time() - self._began_cpu_s)
+            jobs.report(self._meter)
             blocking.leave()
         self._fill()
 
