@@ -1,9 +1,10 @@
 # `make` alone says what there is. Every target sets up what it needs, in .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all hostile ledger lateness check broker shop clean
+.PHONY: help setup demo test test-all hostile ledger lateness bench fuzz check broker shop clean
 
 VENV := .venv
+BENCH := .venv-bench
 BIN := $(VENV)/bin
 # Installed as pinned, the build backend too. No prompt: CI has nobody to answer it.
 INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt
@@ -39,6 +40,13 @@ hostile: $(VENV)/.dev  ## 100,000 hostile messages through a live worker, each c
 	@$(BIN)/python -m tests.faults.hostile $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(BROKER),--broker $(BROKER)) \
 		$(if $(SEED),--seed $(SEED)) $(if $(BACKLOG),--backlog $(BACKLOG))
 
+bench: $(BENCH)/.bench  ## measure ours and its peers: PERFORMANCE.md; QUICK=1 ONLY=publish,handle,... ROUNDS=3 EVENTS=20000
+	@$(BENCH)/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') \
+		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(EVENTS),--events $(EVENTS)) $(if $(BROKER),--broker $(BROKER))
+
+fuzz: $(VENV)/.dev  ## random frames against the client's own codec; SECONDS=600 SEED=...
+	@$(BIN)/python -m tests.fuzz --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+
 check: $(VENV)/.dev  ## format, lint, types, the direction of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,8 +60,8 @@ broker: $(VENV)/.dev  ## a RabbitMQ of your own until Ctrl-C; LINE=3.10|4.0|4.3
 shop: $(VENV)/.dev  ## every service of the shop as a process of its own, until Ctrl-C; URL=amqp://... on that broker
 	@$(if $(URL),EVENTBUS_URL='$(URL)',$(BIN)/python -m tests.servers --) $(BIN)/python -m services.shop
 
-clean:  ## remove .venv and what tools left
-	rm -rf $(VENV) build dist .eventbus .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+clean:  ## remove .venv, .venv-bench and what tools left
+	rm -rf $(VENV) $(BENCH) build dist .eventbus .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # ── the environment ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,4 +79,14 @@ $(VENV)/.shop: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.python:
 	@python=$$(.ci/python) && echo "creating $(VENV) with $$python" && $$python -m venv $(VENV)
 	@$(INSTALL) --upgrade pip
+	@touch $@
+
+# Of its own, so that no peer's package is where the tests run.
+$(BENCH)/.bench: pyproject.toml constraints.txt benchmarks/constraints.txt
+	@python=$$(.ci/python) && echo "creating $(BENCH) with $$python" && $$python -m venv $(BENCH)
+	@echo 'installing eventbus and what it is measured against'
+	@$(BENCH)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt \
+		--upgrade pip
+	@$(BENCH)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt \
+		--constraint benchmarks/constraints.txt --build-constraint constraints.txt --editable . --group bench
 	@touch $@

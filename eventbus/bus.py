@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,15 +18,14 @@ from pathlib import PurePath
 from types import TracebackType
 from typing import Self
 from urllib.parse import quote
-from uuid import uuid4
 
 from eventbus.delay import LEVELS, way
-from eventbus.envelope import Envelope, check_source, enclose, encode
+from eventbus.envelope import Envelope, check_source, enclose, headers_of
 from eventbus.errors import EnvelopeError, PartlyPublished, PublishError, PublishTimeout, SetupError, Unroutable
 from eventbus.event import Event
 from eventbus.message import Message
 from eventbus.settings import Settings
-from eventbus.telemetry import Telemetry, fields
+from eventbus.telemetry import Telemetry, fields, inject
 from eventbus.topology import Names, shared
 from eventbus.transport import from_url
 from eventbus.transport.base import NotPublished, Publication, Transport, Unpublishable
@@ -67,20 +68,28 @@ class Sender:
             PublishError, EnvelopeError: as `Bus.publish` says.
         """
         self.check(envelope)
-        encoded = encode(envelope)
-        headers = dict(encoded.headers)
-        with self.telemetry.send(envelope, headers):
-            publication = self._publication(envelope.type, replace(encoded, headers=headers), delay)
-            try:
-                routed = await self.transport.publish(publication, timeout_s=self._timeout_s)
-            except Unpublishable as error:
-                raise EnvelopeError(f"{envelope.type} {envelope.id} cannot be published: {error.why}") from error
-            except NotPublished as error:
-                raise _publish_error(error, envelope) from error
+        headers = headers_of(envelope)
+        if self.telemetry.is_recording:
+            with self.telemetry.send(envelope, headers):
+                routed = await self._transmit(envelope, headers, delay)
+        else:
+            inject(headers)
+            routed = await self._transmit(envelope, headers, delay)
         if not routed:
             self._unroutable(envelope, required=require_subscriber)
         if self._on_sent is not None:
             self._on_sent(envelope)
+
+    async def _transmit(self, envelope: Envelope, headers: dict[str, object], delay: timedelta | None) -> bool:
+        message = Message(headers, envelope.data, envelope.datacontenttype)
+        try:
+            return await self.transport.publish(
+                self._publication(envelope.type, message, delay), timeout_s=self._timeout_s
+            )
+        except Unpublishable as error:
+            raise EnvelopeError(f"{envelope.type} {envelope.id} cannot be published: {error.why}") from error
+        except NotPublished as error:
+            raise _publish_error(error, envelope) from error
 
     def check(self, envelope: Envelope) -> None:
         """Raises:
@@ -198,7 +207,9 @@ class Bus:
         names = Names(self._namespace or settings.namespace)
         self._source = self._given_source or settings.source or _source_of_this_program()
         check_source(self._source)
-        transport = from_url(self._url or settings.url, max_message_bytes=settings.max_message_bytes)
+        transport = from_url(
+            self._url or settings.url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane
+        )
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names, timeout=self._publish_timeout)
         return self
@@ -282,7 +293,7 @@ class Bus:
             raise EnvelopeError(f"{type(event).__name__} is neither an Event nor an Envelope: subclass eventbus.Event")
         return enclose(
             event,
-            id=id if id is not None else str(uuid4()),
+            id=id if id is not None else _new_id(),
             source=self._source,
             time=datetime.now(UTC),
             subject=subject,
@@ -303,6 +314,18 @@ async def _send_from(queue: Iterator[tuple[int, Envelope]], sender: Sender, fail
             failed[index] = error
         except EnvelopeError as error:  # too late to refuse the others
             failed[index] = PublishError(str(error), envelope=envelope, maybe_stored=False)
+
+
+# The operating system's randomness is asked once, not for each event: that costs as much as the rest of an envelope.
+_random = random.Random()
+os.register_at_fork(after_in_child=_random.seed)
+
+
+def _new_id() -> str:
+    """A random UUID (version 4)."""
+    bits = _random.getrandbits(128) & ~(0xF << 76 | 0x3 << 62) | 4 << 76 | 2 << 62
+    digits = f"{bits:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def _source_of_this_program() -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, timedelta
 from typing import Any, Literal
@@ -91,11 +92,56 @@ class _Run:
     work: _Work
     task: asyncio.Task[Any]
     cancelled_because: Outcome | None = None
+    ends_s: float = 0.0  # on the event loop's clock: the handler's timeout
+    is_overdue: bool = False
 
     def cancel(self, outcome: Outcome) -> None:
         if self.cancelled_because is None:
             self.cancelled_because = outcome
             self.task.cancel()
+
+    def time_out(self) -> None:
+        if not self.is_overdue:
+            self.is_overdue = True
+            self.task.cancel()
+
+
+class _Deadlines:
+    """The timeouts of all handlers at work behind one timer: few pass, and one for each costs more than a claim."""
+
+    def __init__(self) -> None:
+        self._runs: set[_Run] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_s = math.inf
+
+    def begin(self, run: _Run, timeout_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        run.ends_s = loop.time() + timeout_s
+        self._runs.add(run)
+        if run.ends_s < self._rings_s:
+            self._set(loop, run.ends_s)
+
+    def end(self, run: _Run) -> None:
+        self._runs.discard(run)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer, self._rings_s = None, math.inf
+
+    def _set(self, loop: asyncio.AbstractEventLoop, when_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._rings_s = loop.call_at(when_s, self._ring, loop), when_s
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer, self._rings_s = None, math.inf
+        now_s = loop.time()
+        for run in [run for run in self._runs if run.ends_s <= now_s]:
+            self._runs.discard(run)
+            run.time_out()
+        if self._runs:
+            self._set(loop, min(run.ends_s for run in self._runs))
 
 
 class ServiceConsumer:
@@ -114,6 +160,7 @@ class ServiceConsumer:
         self.stuck = 0  # retries and dead letters whose copies the broker does not take
         self._forced = False
         self._renewal: Timer | None = None
+        self._deadlines = _Deadlines()
         self._context = contextvars.copy_context()
 
     @property
@@ -126,7 +173,6 @@ class ServiceConsumer:
         # Not the context of whoever called: on the embedded broker that is a publisher's, with its spans and variables.
         task = asyncio.get_running_loop().create_task(self._take(delivery), context=self._context.copy())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def drain(self, within_s: float) -> bool:
         """Wait for what was taken to be settled; False if something was not, *within_s* seconds later."""
@@ -149,10 +195,17 @@ class ServiceConsumer:
             task.cancel()
         if self._renewal is not None:
             self._renewal.cancel()
+        self._deadlines.stop()
 
     # ── one delivery ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _take(self, delivery: Delivery) -> None:
+        try:
+            await self._take_in(delivery)
+        finally:
+            self._tasks.discard(_current_task())
+
+    async def _take_in(self, delivery: Delivery) -> None:
         self._environment.sender.telemetry.join(delivery.message.headers)
         try:
             parts = await self._parts(delivery)
@@ -264,19 +317,42 @@ class ServiceConsumer:
         if self.on_attempt is not None:
             self.on_attempt(self.service.name, subscription.handler)
         try:
+            if not telemetry.is_recording:
+                return await self._handled(run, subscription, arguments, attempt)
             with telemetry.process(
                 envelope, work.delivery.message.headers,
                 queue=work.delivery.queue, handler=subscription.handler, attempt=attempt,
             ) as processing:  # fmt: skip
-                began = self._environment.clock.monotonic_s()
-                outcome = await _outcome_of(lambda: subscription.function(*arguments), subscription.timeout, run)
+                outcome = await self._handled(run, subscription, arguments, attempt)
                 if not isinstance(outcome, Handled):
                     processing.error_type = outcome.kind if isinstance(outcome, Failed) else type(outcome).__name__
-                else:
-                    self._say_handled(envelope, subscription, attempt, self._environment.clock.monotonic_s() - began)
+                return outcome
         finally:
             self._ended(run)
-        return outcome
+
+    async def _handled(
+        self, run: _Run, subscription: Subscription, arguments: tuple[Any, ...], attempt: int
+    ) -> Outcome:
+        began_s = self._environment.clock.monotonic_s()
+        timeout_s = subscription.timeout.total_seconds()
+        self._deadlines.begin(run, timeout_s)
+        try:
+            await subscription.function(*arguments)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001  # a handler that calls sys.exit() must not take its neighbours along
+            return _outcome_of_error(error, run, subscription.timeout)
+        finally:
+            self._deadlines.end(run)
+        if run.cancelled_because is not None:  # and it swallowed that
+            _current_task().uncancel()
+        if run.is_overdue:
+            _current_task().uncancel()
+            return Failed(f"{_timed_out(subscription.timeout)}, and did not let itself be cancelled")
+        if log.isEnabledFor(logging.DEBUG):
+            assert run.work.envelope is not None
+            self._say_handled(run.work.envelope, subscription, attempt, self._environment.clock.monotonic_s() - began_s)
+        return Handled()
 
     async def _record(self, work: _Work, key: str, token: str, outcome: Outcome) -> Outcome:
         """Complete the claim after success, give it back otherwise."""
@@ -332,6 +408,8 @@ class ServiceConsumer:
     # ── settling ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _settle(self, work: _Work, outcome: Outcome, attempt: int) -> Part:
+        if type(outcome) is Handled:
+            return "settled"  # as `decide` says; not asked each time
         policy = work.subscription.retry if work.subscription else self.service.retry
         settlement = decide(outcome, attempt, policy, jitter=self._environment.jitter())
         if isinstance(settlement, Nothing):
@@ -409,9 +487,8 @@ class ServiceConsumer:
     # ── saying what happened ────────────────────────────────────────────────────────────────────────────────────────
 
     def _say_handled(self, envelope: Envelope, subscription: Subscription, attempt: int, took_s: float) -> None:
-        if log.isEnabledFor(logging.DEBUG):
-            extra = self._facts(envelope, subscription.handler, attempt, outcome="handled", duration_s=round(took_s, 6))
-            log.debug("%s.%s handled %s", self.service.name, subscription.handler, envelope.type, extra=extra)
+        extra = self._facts(envelope, subscription.handler, attempt, outcome="handled", duration_s=round(took_s, 6))
+        log.debug("%s.%s handled %s", self.service.name, subscription.handler, envelope.type, extra=extra)
 
     def _say_settled(self, work: _Work, settlement: Again | DeadLetter, attempt: int) -> None:
         if isinstance(settlement, DeadLetter):
@@ -453,24 +530,9 @@ def _part_or_raise(part: Part | BaseException) -> Part:
     return part
 
 
-async def _outcome_of(handle: Callable[[], Awaitable[None]], timeout: timedelta, run: _Run) -> Outcome:
-    """Call and await a handler; whatever it raises is an outcome."""
-    deadline = asyncio.timeout(timeout.total_seconds())
-    try:
-        async with deadline:
-            await handle()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001  # a handler that calls sys.exit() must not take its neighbours along
-        return _outcome_of_error(error, run, timed_out=timeout if deadline.expired() else None)
-    if run.cancelled_because is not None:  # and it swallowed that
+def _outcome_of_error(error: BaseException, run: _Run, timeout: timedelta) -> Outcome:
+    if run.is_overdue:
         _current_task().uncancel()
-    if deadline.expired():
-        return Failed(f"{_timed_out(timeout)}, and did not let itself be cancelled")
-    return Handled()
-
-
-def _outcome_of_error(error: BaseException, run: _Run, *, timed_out: timedelta | None) -> Outcome:
     if run.cancelled_because is not None:  # whatever the handler made of being cancelled
         _current_task().uncancel()
         return run.cancelled_because
@@ -479,12 +541,13 @@ def _outcome_of_error(error: BaseException, run: _Run, *, timed_out: timedelta |
             return Refused("rejected", text_of(error) or "rejected without a reason")
         case RetryLater(delay=delay):
             return Postponed(delay, text_of(error))
+        case asyncio.CancelledError() if run.is_overdue and not _current_task().cancelling():
+            overdue = TimeoutError().with_traceback(error.__traceback__)
+            return failure_of(overdue, _timed_out(timeout))
         case asyncio.CancelledError():
             if _current_task().cancelling():  # by whoever ends the event loop
                 raise error
             return failure_of(error, "the handler was cancelled from within")
-        case TimeoutError() if timed_out is not None:
-            return failure_of(error, _timed_out(timed_out))
         case _:
             return failure_of(error)
 

@@ -51,7 +51,9 @@ class Desk:
         """
         settings = Settings.load()
         names = Names(self.namespace or settings.namespace)
-        transport = from_url(self.url or settings.url, max_message_bytes=settings.max_message_bytes)
+        transport = from_url(
+            self.url or settings.url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane
+        )
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names)
 

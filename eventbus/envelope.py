@@ -218,6 +218,15 @@ def encode(envelope: Envelope) -> Message:
     """*envelope* in binary mode.
 
     Raises:
+        EnvelopeError: as `headers_of` says.
+    """
+    return Message(headers_of(envelope), envelope.data, envelope.datacontenttype)
+
+
+def headers_of(envelope: Envelope) -> dict[str, object]:
+    """What *envelope* says about its data, as the headers of a message in binary mode.
+
+    Raises:
         EnvelopeError: its data are a whole CloudEvent: with that content type it would be read as structured mode.
     """
     if envelope.datacontenttype != JSON and _is_structured(envelope.datacontenttype):
@@ -238,7 +247,7 @@ def encode(envelope: Envelope) -> Message:
         headers["cloudEvents_dataschema"] = envelope.dataschema
     for name, value in envelope.extensions.items():
         headers[PREFIX + name] = value
-    return Message(headers, envelope.data, envelope.datacontenttype)
+    return headers
 
 
 def _rfc_3339(time: datetime) -> str:

@@ -42,19 +42,25 @@ KEPT_PROPERTIES = (
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Headers, body and the body's content type; `properties` holds what a foreign sender set besides."""
+    """Headers, body and the body's content type; `properties` holds what a foreign sender set besides.
+
+    `encoded` holds, by name, the bytes on the wire of those headers that we would encode otherwise: so what is
+    published again is the original's.
+    """
 
     headers: Headers
     body: bytes
     content_type: str | None = None
     properties: Headers = field(default_factory=dict)
+    encoded: Mapping[str, bytes] = field(default_factory=dict, compare=False, repr=False)
 
     def republished(self, headers: Headers | None = None) -> Message:
         """This message as it may be published again: without the broker's own headers, with *headers* on top."""
         kept = {name: value for name, value in self.headers.items() if not _is_brokers_own(name)}
         kept.update(headers or {})
         properties = {name: value for name, value in self.properties.items() if name in KEPT_PROPERTIES}
-        return replace(self, headers=kept, properties=properties)
+        encoded = {name: raw for name, raw in self.encoded.items() if name not in (headers or {})}
+        return replace(self, headers=kept, properties=properties, encoded=encoded)
 
     def without_ours(self) -> Message:
         """This message without the bus's own headers: what a replay publishes, and what was first published."""

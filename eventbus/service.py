@@ -120,8 +120,12 @@ class Subscription:
                 value = json.dumps([_field(event, name) for name in names])
             case function:
                 value = _call(function, event)
-        name = split_type(envelope.type)[0].replace("%", "%25").replace("/", "%2F")  # a foreign one may hold a slash
-        return f"{service}/{self.handler}/{name}/{value}"
+        return f"{service}/{self.handler}/{_name_in_key(envelope.type)}/{value}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _name_in_key(type_: str) -> str:
+    return split_type(type_)[0].replace("%", "%25").replace("/", "%2F")  # a foreign one may hold a slash
 
 
 def _field(event: object, name: str) -> str:

@@ -22,6 +22,7 @@ _REMEDY = {
     "source": "an URI reference without spaces, like /services/orders",
     "idempotency": "an URL, like memory://",
     "declare": "apply, verify or never",
+    "lane": "on or off",
     "max_message_bytes": "a whole number of bytes from 1",
     "management_url": "an URL, like http://user:password@host:15672/",
     "log": "console or json",
@@ -47,6 +48,8 @@ class Settings(BaseModel):
     source: Annotated[str, Field(pattern=r"^\S+$")] | None = None
     idempotency: _Url = Field(default="memory://", repr=False)
     declare: Annotated[Literal["apply", "verify", "never"], BeforeValidator(_lower)] = "apply"
+    # Off: events go through the client like everything else, several times slower.
+    lane: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = "on"
     # None: what the broker allows.
     max_message_bytes: Annotated[int, Field(ge=1)] | None = None
     # None: on the broker's host, where it usually is. Only the commands that look after a broker use it.
@@ -54,6 +57,10 @@ class Settings(BaseModel):
     # None: console on a terminal, json elsewhere.
     log: Annotated[Literal["console", "json"], BeforeValidator(_lower)] | None = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)] = "info"
+
+    @property
+    def has_lane(self) -> bool:
+        return self.lane == "on"
 
     @classmethod
     def load(cls, dotenv: Path | None = None) -> Self:

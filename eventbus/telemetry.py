@@ -65,6 +65,8 @@ class Telemetry:
         if broker.port is not None:
             self._common["server.port"] = broker.port
         self._traces = not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+        # Otherwise whatever is measured goes nowhere, and measuring costs as much as publishing.
+        self.is_recording = self._traces or not _is_of_the_api(metrics.get_meter_provider())
         self._tracer = trace.get_tracer("eventbus")
         meter = metrics.get_meter("eventbus")
         self._send_duration = meter.create_histogram(
@@ -99,10 +101,10 @@ class Telemetry:
                         "messaging.message.body.size": len(envelope.data),
                     },
                 ):
-                    _inject(headers)
+                    inject(headers)
                     yield
             else:
-                _inject(headers)
+                inject(headers)
                 yield
         except BaseException as error:
             error_type = type(error).__name__
@@ -171,6 +173,8 @@ class Telemetry:
 
     def consumed(self, type_: str | None, queue: str) -> None:
         """Count one delivery; *type_* is None where it is no event."""
+        if not self.is_recording:
+            return
         if type_ is None:
             # Without its key, which may be anything at all: each would be a time series of its own, for ever.
             attributes = self._attributes("process", f"{self._names.events}:{queue}") | {"error.type": INVALID_ENVELOPE}
@@ -186,7 +190,12 @@ class Telemetry:
         return self._common | {"messaging.operation.name": operation, "messaging.destination.name": destination}
 
 
-def _inject(headers: dict[str, object]) -> None:
+def _is_of_the_api(provider: metrics.MeterProvider) -> bool:
+    """Whether *provider* is the API's own, which records nothing."""
+    return type(provider).__module__.startswith("opentelemetry.metrics")
+
+
+def inject(headers: dict[str, object]) -> None:
     """The hop's context, and the origin's where the message has none yet."""
     if not trace.get_current_span().get_span_context().is_valid:
         return

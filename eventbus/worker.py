@@ -282,7 +282,7 @@ class Worker:
         names = Names(self._namespace or settings.namespace)
         url = self._url or settings.url
         store = self._store(self._idempotency or settings.idempotency)
-        transport = from_url(url, max_message_bytes=settings.max_message_bytes)
+        transport = from_url(url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane)
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names)
         try:

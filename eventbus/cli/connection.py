@@ -113,7 +113,9 @@ async def connected(
     from eventbus.topology import shared
     from eventbus.transport import from_url
 
-    transport = from_url(place.url, max_message_bytes=place.settings.max_message_bytes)
+    transport = from_url(
+        place.url, max_message_bytes=place.settings.max_message_bytes, has_lane=place.settings.has_lane
+    )
     try:
         await transport.open(topology or shared(place.names), declare or place.settings.declare)
         yield transport

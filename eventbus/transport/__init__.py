@@ -7,7 +7,9 @@ from eventbus.errors import SetupError, hide_password
 from eventbus.transport.base import Transport
 
 
-def from_url(url: str | None, *, max_message_bytes: int | None = None, clock: Clock | None = None) -> Transport:
+def from_url(
+    url: str | None, *, max_message_bytes: int | None = None, has_lane: bool = True, clock: Clock | None = None
+) -> Transport:
     """The transport that *url* names.
 
     Raises:
@@ -23,5 +25,5 @@ def from_url(url: str | None, *, max_message_bytes: int | None = None, clock: Cl
     if scheme in ("amqp", "amqps"):
         from eventbus.transport.rabbitmq import RabbitMQ
 
-        return RabbitMQ(url, max_message_bytes=max_message_bytes)
+        return RabbitMQ(url, max_message_bytes=max_message_bytes, has_lane=has_lane)
     raise SetupError(f"{hide_password(url)!r} names no broker: use amqp://, amqps:// or memory://")

@@ -61,7 +61,7 @@ class Taken:
 
 @asynccontextmanager
 async def opened(url: str, topology: Topology, declare: Declare = "apply", **options: int) -> AsyncIterator[RabbitMQ]:
-    transport = RabbitMQ(url, **options)
+    transport = RabbitMQ(url, **options)  # type: ignore[arg-type]
     await transport.open(topology, declare)
     try:
         yield transport

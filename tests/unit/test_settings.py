@@ -37,6 +37,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         source=None,
         idempotency="memory://",
         declare="apply",
+        lane="on",
         max_message_bytes=None,
         management_url=None,
         log=None,
@@ -51,6 +52,7 @@ def test_every_setting_has_its_variable(setenv: Setenv) -> None:
         EVENTBUS_SOURCE="/shop",
         EVENTBUS_IDEMPOTENCY="redis://:p@host/0",
         EVENTBUS_DECLARE="Verify",
+        EVENTBUS_LANE="Off",
         EVENTBUS_MAX_MESSAGE_BYTES="1000",
         EVENTBUS_MANAGEMENT_URL="http://u:p@host:15672/",
         EVENTBUS_LOG="JSON",
@@ -63,12 +65,13 @@ def test_every_setting_has_its_variable(setenv: Setenv) -> None:
         "source": "/shop",
         "idempotency": "redis://:p@host/0",
         "declare": "verify",
+        "lane": "off",
         "max_message_bytes": 1000,
         "management_url": "http://u:p@host:15672/",
         "log": "json",
         "log_level": "debug",
     }
-    assert len(Settings.model_fields) == 9
+    assert len(Settings.model_fields) == 10
 
 
 def test_the_environment_is_read_anew_each_time(setenv: Setenv) -> None:

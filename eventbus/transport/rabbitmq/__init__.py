@@ -27,14 +27,18 @@ class RabbitMQ:
     """The `Transport` to one RabbitMQ.
 
     *max_message_bytes*: the broker's `max_message_size` where it is configured; its line's default if left out.
+    *has_lane*: events in our own frames instead of through the client, which is several times slower.
     *window*: how many publishes may be unconfirmed at a time; more wait, within their deadline.
     """
 
-    def __init__(self, url: str, *, max_message_bytes: int | None = None, window: int = 1000) -> None:
+    def __init__(
+        self, url: str, *, max_message_bytes: int | None = None, window: int = 1000, has_lane: bool = True
+    ) -> None:
         self._url = _parsed(url)
         self._address = Address.of(self._url)
         self._max_message_bytes = max_message_bytes
         self._window = window
+        self._has_lane = has_lane
         self._publisher: Publisher | None = None
         self._broker: Broker | None = None
         self._looks: set[Session] = set()
@@ -103,7 +107,9 @@ class RabbitMQ:
         is_careful: bool = False,
         is_publishing: bool = False,
     ) -> Session:
-        session = await connect(self._url, purpose, is_careful=is_careful, is_publishing=is_publishing)
+        session = await connect(
+            self._url, purpose, is_careful=is_careful, is_publishing=is_publishing, has_lane=self._has_lane
+        )
         try:
             await declare_topology(session, topology, declare)
         except BaseException:

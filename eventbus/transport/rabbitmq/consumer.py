@@ -19,10 +19,11 @@ import aiormq
 from eventbus.errors import SetupError, TransportError
 from eventbus.transport.base import STEADY_S, Source
 from eventbus.transport.rabbitmq.acks import AckBatch
-from eventbus.transport.rabbitmq.channels import ConsumingChannel, Incoming
+from eventbus.transport.rabbitmq.channels import Incoming
 from eventbus.transport.rabbitmq.delivery import RabbitDelivery
 from eventbus.transport.rabbitmq.refusals import Address, not_allowed
 from eventbus.transport.rabbitmq.session import CLOSE_TIMEOUT_S, Backoff, Lost, Session, first, log, rebuild
+from eventbus.transport.rabbitmq.way import Receiving, open_receiving
 
 PROBATION: Final = 3  # deliveries of a queue that must come through before it goes wide
 SUSPICIOUS_COUNT: Final = 3  # handed out this often before: it may be what ended those sessions
@@ -35,7 +36,7 @@ class _Feed:
         self.session = session
         self.queue = source.queue
         self._source = source
-        self._channel: ConsumingChannel | None = None
+        self._channel: Receiving | None = None
         self._batch = AckBatch()
         self._unsettled = 0
         self._calm = 0  # how many in a row came through without suspicion
@@ -54,7 +55,7 @@ class _Feed:
         Raises:
             Lost: the session died, or the broker refused.
         """
-        self._channel = await ConsumingChannel.open(self.session)
+        self._channel = await open_receiving(self.session)
         self._batch = AckBatch()
         self._calm = 0
         self._is_turning = False

@@ -12,19 +12,21 @@ import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import aiormq
 
 from eventbus.errors import SetupError
 from eventbus.transport.base import NotPublished, Publication, Unpublishable
-from eventbus.transport.rabbitmq.channels import Encoded, Nacked, PublishingChannel, encode
+from eventbus.transport.rabbitmq.channels import Nacked
 from eventbus.transport.rabbitmq.refusals import Address
 from eventbus.transport.rabbitmq.session import Backoff, Lost, Session, first, log, rebuild
+from eventbus.transport.rabbitmq.way import Encoded, Sending, open_sending
 
 # A channel whose publishes a queue refused is told when there is room again, but not when the policy that bounded the
 # queue is lifted (quorum queues on 3.10; found by the ledger): it would be refused for ever. A fresh one is not.
 REFUSED_S: Final = 15.0
+T = TypeVar("T")
 TOO_LARGE: Final = re.compile(r"message size \d+ is larger than .*?(\d+)$")
 
 
@@ -48,8 +50,7 @@ class Publisher:
         self._configured_max_bytes = max_message_bytes
         self._window = asyncio.Semaphore(window)
         self._backoff = Backoff()
-        self._session: Session | None = None
-        self._channel: PublishingChannel | None = None
+        self._current: tuple[Session, Sending] | None = None
         self._changed = asyncio.Event()  # set when there is a session, or a reason to wait for none
         self._refused: SetupError | None = None
         self.is_closed = False
@@ -57,7 +58,6 @@ class Publisher:
         self._sent_to: Counter[str] = Counter()
         self.max_message_bytes = 0
         self._refused_bytes: int | None = None  # the limit that the broker itself stated
-        self._frame_max = 0
 
     async def open(self) -> Session:
         """Connect for the first time.
@@ -78,33 +78,44 @@ class Publisher:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        if self._session is not None:
-            await self._session.close()
+        if self._current is not None:
+            await self._current[0].close()
 
     def obstacle(self) -> str | None:
         """As `Transport.obstacle` promises."""
-        session = self._session
-        if self.is_closed or session is None:
+        if self.is_closed or self._current is None:
             return "the transport is closed"
         if self._refused is not None:
             return str(self._refused)
+        session, _ = self._current
         if not session.is_live:
             return f"no connection to the broker ({session.reason})"
-        return _blockage(session)
+        return self._blockage()
+
+    def _blockage(self) -> str | None:
+        session = self._current[0] if self._current else None
+        if session is None or not session.is_live or session.blocked_by is None:
+            return None
+        return f"the broker takes nothing in and has blocked the connection, under an alarm: {session.blocked_by}"
 
     # ── one message ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def publish(self, publication: Publication, *, timeout_s: float) -> bool:
         """As `Transport.publish` promises."""
-        self._check_open(_Progress())
-        encoded = self._encode(publication)
         progress = _Progress()
+        self._check_open(progress)
+        encoded = self._encode(publication)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s), self._window:
-                return await self._until_confirmed(encoded, progress)
+            # A timer for each publish would cost as much as the publish: only who really waits here has one.
+            await (_within(deadline_s, self._window.acquire()) if self._window.locked() else self._window.acquire())
+            try:
+                return await self._until_confirmed(encoded, progress, deadline_s)
+            finally:
+                self._window.release()
         except TimeoutError:
             raise NotPublished(
-                f"not confirmed within {timeout_s:g} s: {_blockage(self._session) or progress.trouble}",
+                f"not confirmed within {timeout_s:g} s: {self._blockage() or progress.trouble}",
                 maybe_stored=progress.maybe_stored,
                 timed_out=True,
             ) from None
@@ -113,38 +124,45 @@ class Publisher:
         size = len(publication.message.body)
         if size > self.max_message_bytes:
             raise _too_large(size, self.max_message_bytes)
-        return encode(publication, frame_max=self._frame_max)
+        assert self._current is not None  # since `open`
+        encoded: Encoded = self._current[1].encode(publication)
+        return encoded
 
-    async def _until_confirmed(self, encoded: Encoded, progress: _Progress) -> bool:
-        backoff = Backoff()
-        loop = asyncio.get_running_loop()
+    async def _until_confirmed(self, encoded: Encoded, progress: _Progress, deadline_s: float) -> bool:
+        backoff: Backoff | None = None
         refused_by: Session | None = None
         refused_s = 0.0
         while True:
-            session, channel = await self._next_session(progress)
+            current = self._live()
+            if current is None:
+                current = await _within(deadline_s, self._next_session(progress))
+            session, channel = current
             try:
-                progress.trouble = "the broker takes nothing in (is it under a memory or disk alarm?)"
-                await session.writable()
-                return await self._send(channel, encoded, progress)
+                if session.is_full:
+                    progress.trouble = "the broker takes nothing in (is it under a memory or disk alarm?)"
+                    await _within(deadline_s, session.writable())
+                return await self._send(channel, encoded, progress, deadline_s)
             except Nacked:
                 # Another queue may have stored it: a nack says only that one did not.
                 progress.trouble = "a queue refuses it (it is full, or lost its majority)"
+                now_s = asyncio.get_running_loop().time()
+                backoff = backoff or Backoff()
                 if refused_by is not session:
-                    refused_by, refused_s = session, loop.time()
-                elif loop.time() - refused_s > REFUSED_S:
+                    refused_by, refused_s = session, now_s
+                elif now_s - refused_s > REFUSED_S:
                     session.fail(Nacked(f"a queue has refused publishes for {REFUSED_S:g} s"))
-                await asyncio.sleep(backoff.next_s())
+                await _within(deadline_s, asyncio.sleep(backoff.next_s()))
             except Lost as lost:
                 progress.trouble = f"the connection was lost ({lost})"
                 session.fail(lost.reason)
 
-    async def _send(self, channel: PublishingChannel, encoded: Encoded, progress: _Progress) -> bool:
+    async def _send(self, channel: Sending, encoded: Encoded, progress: _Progress, deadline_s: float) -> bool:
         before = progress.maybe_stored
         self._sent_to[encoded.exchange] += 1
         mine = self._sent_to[encoded.exchange]
         progress.maybe_stored, progress.trouble = True, "no confirm came"
         try:
-            return await channel.publish(encoded)
+            return await channel.publish(encoded, deadline_s)
         except Lost as lost:
             if _is_about(lost.reason, encoded):
                 # The broker refuses the first one that it may not take, and ignores what follows on that channel. So
@@ -164,15 +182,19 @@ class Publisher:
         # The exchange is gone. The next session declares it again, if that is its business: once more, then.
         progress.missed_exchange = True
 
-    async def _next_session(self, progress: _Progress) -> tuple[Session, PublishingChannel]:
+    async def _next_session(self, progress: _Progress) -> tuple[Session, Sending]:
         while True:
             self._check_open(progress)
-            if self._session is not None and self._channel is not None and self._session.is_live:
-                return self._session, self._channel
+            if live := self._live():
+                return live
             if self._refused is not None:
                 raise NotPublished(str(self._refused), maybe_stored=progress.maybe_stored)
             self._changed.clear()
             await self._changed.wait()
+
+    def _live(self) -> tuple[Session, Sending] | None:
+        current = self._current
+        return current if current is not None and current[0].is_live and not self.is_closed else None
 
     def _check_open(self, progress: _Progress) -> None:
         if self.is_closed:
@@ -180,19 +202,18 @@ class Publisher:
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _open_session(self) -> tuple[Session, PublishingChannel]:
+    async def _open_session(self) -> tuple[Session, Sending]:
         session = await self._build()
         try:
-            return session, await PublishingChannel.open(session)
+            return session, await open_sending(session)
         except BaseException:
             await session.close()
             raise
 
-    def _use(self, session: Session, channel: PublishingChannel) -> None:
+    def _use(self, session: Session, channel: Sending) -> None:
         usual = self._configured_max_bytes or session.server.line.max_message_bytes
         self.max_message_bytes = min(usual, self._refused_bytes or usual)
-        self._frame_max = session.server.frame_max
-        self._session, self._channel, self._refused = session, channel, None
+        self._current, self._refused = (session, channel), None
         self._changed.set()
 
     async def _keep(self, session: Session) -> None:
@@ -215,10 +236,10 @@ class Publisher:
         self._changed.set()
 
 
-def _blockage(session: Session | None) -> str | None:
-    if session is None or not session.is_live or session.blocked_by is None:
-        return None
-    return f"the broker takes nothing in and has blocked the connection, under an alarm: {session.blocked_by}"
+async def _within(deadline_s: float, waiting: Awaitable[T]) -> T:
+    """What *waiting* returns; TimeoutError where the event loop's clock reaches *deadline_s* before."""
+    async with asyncio.timeout_at(deadline_s):
+        return await waiting
 
 
 def _too_large(size: int, limit: int) -> Unpublishable:

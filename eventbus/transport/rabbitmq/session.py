@@ -86,6 +86,10 @@ class Session:
         self.began_s = asyncio.get_running_loop().time()
         self._connection = connection
         self._wire = wire
+        self.splitter = wire.splitter
+        if self.splitter is not None:
+            beat_s = self._underlay.connection_tune.heartbeat
+            self.splitter.begin(frame_max=server.frame_max, heartbeat_s=beat_s, fail=self.fail)
         self._watched: set[aiormq.Channel] = set()
         self._when_ended: list[Callable[[], None]] = []
         self._underlay.closing.add_done_callback(self._on_connection_closed)
@@ -135,6 +139,11 @@ class Session:
     def release(self, channel: aiormq.Channel) -> None:
         """From now on *channel* may end alone."""
         self._watched.discard(channel)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether who writes must wait until it is `writable`."""
+        return self._wire.is_full
 
     async def writable(self) -> None:
         """Return once there is room to write.
@@ -217,7 +226,9 @@ def _exception_of(closing: asyncio.Future[Any]) -> BaseException | None:
     return None if closing.cancelled() else closing.exception()
 
 
-async def connect(url: URL, purpose: str, *, is_careful: bool = False, is_publishing: bool = False) -> Session:
+async def connect(
+    url: URL, purpose: str, *, is_careful: bool = False, is_publishing: bool = False, has_lane: bool = False
+) -> Session:
     """A new session for *purpose*, which the broker's own tools will show.
 
     On a careful one no message can end the connection, however broken its headers are; it reads slower.
@@ -230,7 +241,12 @@ async def connect(url: URL, purpose: str, *, is_careful: bool = False, is_publis
     assert connecting is not None
     cancels = connecting.cancelling()
     address = Address.of(url)
-    wire = Wire(is_tls=address.is_tls, is_careful=is_careful, is_publishing=is_publishing)
+    wire = Wire(
+        is_tls=address.is_tls,
+        is_careful=is_careful,
+        is_publishing=is_publishing,
+        is_split=has_lane and not is_careful,
+    )
     connection = _Connection(
         url if "heartbeat" in url.query else url.update_query(heartbeat=HEARTBEAT_S),
         client_properties={"connection_name": f"{_program()}: {purpose}", "product": "eventbus"},

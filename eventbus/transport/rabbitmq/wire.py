@@ -8,6 +8,7 @@ session).
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -18,8 +19,13 @@ from pamqp.constants import FRAME_HEADER, FRAME_METHOD
 from pamqp.header import ContentHeader
 from yarl import URL
 
+from eventbus.transport.rabbitmq.splitter import Splitter, unfit
+
+log = logging.getLogger("eventbus.transport.rabbitmq")
+
 # The specification knows 1 and 2, and brokers before 4.3 refuse anything else: whoever sends it means no good.
 UNREADABLE_DELIVERY_MODE: Final = 254
+HIGH_WATER: Final = 64 * 1024
 _FIXED: Final = 12  # class, weight and body size, before the properties
 _BLOCKED: Final = Connection.Blocked.index.to_bytes(4, "big")
 _UNBLOCKED: Final = Connection.Unblocked.index.to_bytes(4, "big")
@@ -35,17 +41,23 @@ class Wire(aiormq.TransportFactory):
     """*is_careful* costs a second decoding of every header frame, and no message can end the connection.
 
     *is_publishing*: the broker may say that it takes nothing in, and why; to listen costs a microsecond a frame.
+    *is_split*: events take the lane, and only the rest is the client's.
     """
 
-    def __init__(self, *, is_tls: bool, is_careful: bool, is_publishing: bool = False) -> None:
+    def __init__(self, *, is_tls: bool, is_careful: bool, is_publishing: bool = False, is_split: bool = False) -> None:
         self._factory = TLSTransportFactory() if is_tls else TCPTransportFactory()
-        self._is_careful, self._is_publishing = is_careful, is_publishing
+        self._is_careful, self._is_publishing, self._is_split = is_careful, is_publishing, is_split
+        self.splitter: Splitter | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._frames: _Frames | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         self._reader, self._writer = await self._factory.create(url, **kwargs)
+        if self._is_split and (why := unfit(self._reader, self._writer)) is not None:
+            log.warning("the lane is closed: events go through the client, slower", extra={"why": why})
+        elif self._is_split:
+            self.splitter = Splitter(self._reader, self._writer)
         self._frames = _Frames(self._reader.readexactly, is_careful=self._is_careful)
         self._reader.readexactly = self._frames.readexactly  # type: ignore[method-assign]
         return self._reader, self._writer
@@ -71,6 +83,11 @@ class Wire(aiormq.TransportFactory):
             return None
         frame.unmarshal(last[4:-1])
         return frame.reply_text
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more is buffered than the event loop wants to hold (its default for high water)."""
+        return self._writer is not None and self._writer.transport.get_write_buffer_size() > HIGH_WATER
 
     async def writable(self) -> None:
         """Return once the socket takes more. A broker under an alarm stops reading: this is what bounds our memory."""

@@ -1,0 +1,125 @@
+"""What is measured, as data: a cell is one program in one situation, run once in every round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+OURS, C = "eventbus", "C, librabbitmq"
+FASTSTREAM, AIO_PIKA, TASKIQ, CELERY, DRAMATIQ, PIKA = "FastStream", "aio-pika", "taskiq", "Celery", "Dramatiq", "pika"
+MODULES = {
+    OURS: "ours",
+    FASTSTREAM: "faststream_",
+    AIO_PIKA: "aio_pika_",
+    TASKIQ: "taskiq_",
+    CELERY: "celery_",
+    DRAMATIQ: "dramatiq_",
+    PIKA: "pika_",
+}
+# Where a program's defaults are weaker than what is compared, or it cannot do what the others do.
+NOTES = {
+    OURS: "defaults, with idempotency in memory; prefetch and concurrency raised from 100 to 300",
+    FASTSTREAM: "strengthened: quorum queue (default classic), persistent (default not), prefetch (default unlimited)",
+    AIO_PIKA: "strengthened: quorum queue (default classic), persistent (default not), prefetch (default unlimited)",
+    TASKIQ: "defaults are as durable; prefetch raised from 10, tasks at a time from 100 to 300",
+    CELERY: "strengthened: confirms (default none), late acks (default early), quorum queue; one solo worker; "
+    "no window: each publish waits for its confirm",
+    DRAMATIQ: "strengthened: confirms (default none), quorum queue (no option: a method overridden); eight threads; "
+    "no window: each publish waits for its confirm",
+    PIKA: "strengthened: confirms, quorum queue, persistent; BlockingConnection, its SelectConnection for the window",
+    C: "the limit: no headers, no validation, no handler",
+}
+GROUPS = {
+    "publish": "one by one, in a window of 1,000, publish_many",
+    "handle": "a full queue: decode, validate, claim, handle, settle",
+    "latency": "end to end at 500 events a second",
+    "idempotency": "without it",
+    "tracing": "with the OpenTelemetry SDK, its batch processor and an exporter into nothing",
+    "payload": "100 B and 10 kB instead of 420 B",
+    "subscriptions": "10 and 1,000 instead of 1",
+    "slow": "one event in 5,000 takes its handler two seconds",
+    "processes": "two that publish, then two that handle",
+    "loop": "uvloop instead of asyncio's own",
+    "backlog": "10 thousand to a million events in the queue: time and memory",
+    "embedded": "memory://, publishing and handling in one process",
+    "start": "import eventbus, eventbus --help",
+    "profile": "where the time goes",
+}
+
+# Slow programs get fewer events, so that a round takes each about as long.
+SHARES = {OURS: 2.0, C: 2.0, PIKA: 0.5, FASTSTREAM: 0.5, AIO_PIKA: 0.5, TASKIQ: 0.5, CELERY: 0.2, DRAMATIQ: 0.2}
+ONE_BY_ONE = 0.1  # of the events
+LATENCY_RATE = 500.0
+LATENCY_S = 5.0
+BACKLOGS = (10_000, 100_000, 1_000_000)
+
+
+Kind = Literal["flow", "publish", "latency", "embedded", "start", "profile"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One program in one situation."""
+
+    kind: Kind
+    program: str
+    events: int
+    groups: frozenset[str]
+    variant: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)  # of the programs' Job
+    processes: int = 1
+    is_once: bool = False  # not in every round
+
+    @property
+    def title(self) -> str:
+        return f"{self.program}: {self.variant or self.kind}"
+
+
+def cells(events: int, *, quick: bool = False) -> list[Cell]:
+    """Everything that `make bench` measures, with about *events* events each; *quick* leaves out what takes long."""
+    return [*_compared(events, quick=quick), *_variants(events, quick=quick), *_once(events, quick=quick)]
+
+
+def _compared(events: int, *, quick: bool) -> Iterator[Cell]:
+    # The variants of ours are compared with its flow.
+    all_of_ours = frozenset(GROUPS) - {"latency", "backlog", "embedded", "start", "profile"}
+    for program, share in SHARES.items():
+        groups = all_of_ours if program == OURS else {"publish", "handle"}
+        yield _cell("flow", program, events * share, *groups)
+        if program not in (CELERY, DRAMATIQ):  # their flow is one by one
+            yield _cell("publish", program, events * ONE_BY_ONE, "publish", variant="one by one", how="one")
+        if program in (OURS, FASTSTREAM, C) or not quick:
+            yield _cell("latency", program, LATENCY_RATE * LATENCY_S, "latency", variant="latency")
+    yield _cell("publish", OURS, events * SHARES[OURS], "publish", variant="publish_many", how="many")
+
+
+def _variants(events: int, *, quick: bool) -> Iterator[Cell]:
+    ours = events * SHARES[OURS]
+    yield _cell("flow", OURS, ours, "tracing", variant="with tracing", tracing=True)
+    yield _cell("flow", OURS, ours, "subscriptions", variant="1000 subscriptions", subscriptions=1000)
+    yield _cell("flow", OURS, ours, "slow", variant="a slow handler among fast ones", slow_every=5000)
+    if quick:
+        return
+    yield _cell("flow", OURS, ours, "subscriptions", variant="10 subscriptions", subscriptions=10)
+    yield _cell("flow", OURS, ours, "idempotency", variant="without idempotency", idempotency=False)
+    yield replace(_cell("flow", OURS, ours * 2, "processes", variant="2 processes"), processes=2)
+    for program in (OURS, FASTSTREAM):
+        yield _cell("flow", program, events * SHARES[program], "loop", variant="uvloop", loop="uvloop")
+    for program in (OURS, FASTSTREAM, C):
+        yield _cell("flow", program, events * SHARES[program], "payload", variant="100 B", payload=100)
+        yield _cell("flow", program, events * SHARES[program] / 4, "payload", variant="10 kB", payload=10_000)
+
+
+def _once(events: int, *, quick: bool) -> Iterator[Cell]:
+    backlogs = BACKLOGS[:2] if quick else BACKLOGS
+    found = [_cell("flow", OURS, many, "backlog", variant=f"a backlog of {many:,}", how="many") for many in backlogs]
+    found.append(_cell("embedded", OURS, events, "embedded", variant="memory://"))
+    found.append(_cell("start", OURS, 0, "start", variant="start"))
+    found.append(_cell("profile", OURS, events, "profile", variant="profile", profile=True))
+    yield from (replace(cell, is_once=True) for cell in found)
+
+
+def _cell(kind: Kind, program: str, events: float, *groups: str, variant: str = "", **options: object) -> Cell:
+    return Cell(kind=kind, program=program, events=int(events), groups=frozenset(groups), variant=variant,
+                options=options)  # fmt: skip

@@ -1,0 +1,1 @@
+"""The measured programs, a process each: `python -m benchmarks.programs.NAME JOB`."""

@@ -1,0 +1,123 @@
+"""The benchmark counts rightly, and in small it runs; what is slow about it is its command, `make bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+from benchmarks.figures import HANDLE, PUBLISH_ONE, PUBLISH_WINDOW, Figure, Figures, latencies_of, rate_of, ratios_of
+from benchmarks.order import Order, lines_of, note_of
+from benchmarks.plan import FASTSTREAM, GROUPS, NOTES, OURS, PIKA, SHARES, C, Cell, cells
+from benchmarks.stage import ProgramError, Stage
+from tests.servers import BrokerServer
+
+EVENTS = 300
+
+
+def track(*marks: tuple[int, float]) -> dict[str, object]:
+    return {"marks": marks, "count": marks[-1][0]}
+
+
+def cell(program: str, **options: object) -> Cell:
+    return Cell(kind="flow", program=program, events=EVENTS, groups=frozenset(), options=options)
+
+
+# ── figures ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rate_is_counted_without_the_warm_up() -> None:
+    assert rate_of([track((200, 0.0), (1000, 10.0), (2000, 11.0), (3000, 12.0))]) == 1000
+
+
+def test_processes_are_counted_while_all_of_them_work() -> None:
+    alone_first = track((100, 0.0), (1000, 10.0), (2000, 20.0))
+    late = track((100, 10.0), (1000, 20.0))
+
+    assert rate_of([alone_first, late]) == pytest.approx(100 + 90)
+
+
+def test_processes_that_did_not_work_together_have_no_rate() -> None:
+    with pytest.raises(ValueError, match="same time"):
+        rate_of([track((10, 0.0), (20, 1.0)), track((10, 2.0), (20, 3.0))])
+
+
+def test_percentiles_are_of_what_came_after_the_warm_up() -> None:
+    answer = {"latencies_us": [9_000_000] * 500 + list(range(1000, 101_000, 50))}
+
+    assert [figure.value for figure in latencies_of(answer)] == [51.0, 100.0, 100.9]
+
+
+def test_ratios_are_of_medians_and_name_what_was_measured_only() -> None:
+    figures = Figures()
+    for value in (10.0, 80.0, 90.0):
+        figures.add(OURS, "", Figure(HANDLE, value))
+        figures.add(OURS, "", Figure(PUBLISH_WINDOW, value))
+    figures.add(C, "", Figure(HANDLE, 160.0))
+    figures.add(OURS, "with tracing", Figure(HANDLE, 60.0))
+    figures.add(OURS, "with tracing", Figure(PUBLISH_WINDOW, 40.0))
+    figures.add(OURS, "one by one", Figure(PUBLISH_ONE, 1.0))
+
+    assert ratios_of(figures) == {"handle_vs_c": 0.5, "tracing_on_vs_off": 0.5}
+
+
+@pytest.mark.parametrize("size", [100, 420, 10_000])
+def test_an_order_is_as_long_as_it_says(size: int) -> None:
+    order = Order(number=123_456, sent_ns=10**12 + 1, lines=lines_of(size), note=note_of(size))
+
+    assert len(order.model_dump_json()) == size
+
+
+def test_every_group_measures_something_and_every_program_has_its_note() -> None:
+    assert set().union(*(cell.groups for cell in cells(1000))) == set(GROUPS)
+    assert set(SHARES) == set(NOTES) == {cell.program for cell in cells(1000)}
+
+
+def test_what_is_written_has_every_figure_and_leaves_the_pages_prose_alone(tmp_path: Path) -> None:
+    run = report.Run("whole", 1, 10, "2026-11-22T00:00:00+00:00", {"processor": "p", "cores": 2, "memory_gb": 8,
+                     "system": "s"}, {"python": "3"})  # fmt: skip
+    for program, value in ((OURS, 20_000.0), (FASTSTREAM, 4_000.0)):
+        run.figures.add(program, "", Figure(PUBLISH_WINDOW, value))
+    page = tmp_path / "PERFORMANCE.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+
+    written = json.loads(report.write_json(run, tmp_path).read_text())
+    report.write_markdown(run, page)
+    report.write_markdown(run, page)
+
+    assert written["ratios"] == {"publish_window_vs_faststream": 5.0}
+    assert [figure["rounds"] for figure in written["figures"]] == [[20_000], [4_000]]
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    assert text.count("20,000") == 1
+
+
+# ── programs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("program", [OURS, PIKA])
+def test_a_program_publishes_and_handles_all(program: str, broker: BrokerServer) -> None:
+    figures, _ = Stage(broker, None).run(cell(program))
+
+    assert {figure.what for figure in figures} >= {PUBLISH_WINDOW, HANDLE}
+    assert all(figure.value > 0 for figure in figures)
+
+
+def test_latency_tracing_and_many_subscriptions_are_measured(broker: BrokerServer) -> None:
+    stage = Stage(broker, None)
+    latency = Cell(kind="latency", program=OURS, events=EVENTS, groups=frozenset())
+
+    figures, _ = stage.run(latency)
+    situations, _ = stage.run(cell(OURS, tracing=True, subscriptions=3, slow_every=EVENTS, how="many"))
+
+    assert [figure.what for figure in figures] == ["latency p50", "latency p99", "latency p99.9"]
+    assert HANDLE in {figure.what for figure in situations}
+
+
+def test_a_program_that_fails_is_told_with_its_last_words(broker: BrokerServer) -> None:
+    with pytest.raises(ProgramError, match="TypeError"):
+        Stage(broker, None).run(cell(PIKA, payload="many"))
