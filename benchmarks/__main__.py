@@ -7,6 +7,7 @@ do not replace the published figures. Exits with 1 if a program failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import sys
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import plot, report
 from benchmarks.machine import machine, versions
-from benchmarks.plan import GROUPS, MODULES, C, Cell, cells
+from benchmarks.plan import GROUPS, MODULES, OURS, C, Cell, cells
 from benchmarks.stage import ProgramError, Stage, build_client
 from tests.servers import Brokers, NoBroker, ServerError, find_own_lines
 
@@ -30,6 +31,9 @@ PAGE = PUBLISHED.parent / "PERFORMANCE.md"
 ASIDE = PUBLISHED.parent / ".eventbus" / "bench"
 ROUNDS, EVENTS, QUICK_EVENTS = 3, 20_000, 6_000
 PLAIN_WIDTH = 150
+BUSY = 1.0  # a load that was there before the broker started
+# Not counted: a broker that has just started is busy with itself.
+WARM_UP = Cell(kind="flow", program=OURS, events=5000, groups=frozenset())
 PACKAGES = {"FastStream": "faststream", "taskiq": "taskiq_aio_pika", "Celery": "celery", "Dramatiq": "dramatiq",
             "pika": "pika"}  # fmt: skip
 
@@ -68,16 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="eventbus-bench-") as folder:
+            computer = machine()  # its load, before the broker is a part of it
             client = build_client(Path(folder))
             broker = brokers.own(options.broker or default_line())
-            run = report.Run(
-                form="part" if options.only else "quick" if options.quick else "whole",
-                rounds=options.rounds,
-                events=options.events,
-                started=datetime.now(UTC).isoformat(timespec="seconds"),
-                machine=machine(),
-                versions=versions(broker.version, has_client=client is not None),
-            )
+            run = new_run(options, computer, versions(broker.version, has_client=client is not None))
             console.print(f"{broker.origin}; {told_versions(run)}", highlight=False, soft_wrap=True)
             is_good = measure(chosen(options, run, client), Stage(broker, client), run, console)
     except NoBroker as error:
@@ -91,6 +89,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.show(run, console)
     write(run, options.into, console)
     return 0 if is_good else 1
+
+
+def new_run(options: argparse.Namespace, computer: dict[str, object], found: dict[str, str]) -> report.Run:
+    """Nothing measured yet."""
+    form = "part" if options.only else "quick" if options.quick else "whole"
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run = report.Run(form, options.rounds, options.events, started, computer, found)
+    if (load := float(str(computer["load_before"]))) > BUSY:
+        run.notes.append(f"the machine was busy when it began (load {load}): all is slower")
+    return run
 
 
 def told_versions(run: report.Run) -> str:
@@ -123,6 +131,8 @@ def measure(wanted: Sequence[Cell], stage: Stage, run: report.Run, console: Cons
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     failed = set[str]()
+    with contextlib.suppress(ProgramError, ServerError, ValueError):  # if it fails, it fails below, and is told
+        stage.run(WARM_UP)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task("", total=sum(map(len, rounds)))
         for number, cells_of_round in enumerate(rounds):

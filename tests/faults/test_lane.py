@@ -275,7 +275,7 @@ async def serve(shop: Shop) -> Served:
         starting = asyncio.create_task(consumer.start())
 
         def is_all() -> bool:
-            return len(shop.acked) == NARROW + WIDE - 1 and not shop.is_dead
+            return len(shop.acked) >= NARROW + WIDE - 1 and not shop.is_dead
 
         await until(lambda: bool(sessions) and (is_all() or not sessions[0].is_live))
         served.before_closing = len(shop.handed_out)
@@ -375,7 +375,8 @@ async def publish(broker: Confirming) -> list[bool | type[BaseException]]:
         publishes = [asyncio.create_task(lane.publish(encoded, deadline_s)) for _ in range(PUBLISHED)]
         await until(lambda: not session.is_live or all(each.done() for each in publishes[:-1]))
         session.fail(None)
-        ends = await asyncio.gather(*publishes, return_exceptions=True)
+        async with asyncio.timeout(TIMEOUT_S):
+            ends = await asyncio.gather(*publishes, return_exceptions=True)
         await is_over(session)
     return [type(each) if isinstance(each, BaseException) else each for each in ends]
 

@@ -88,6 +88,15 @@ async def test_a_channel_that_was_left_is_the_clients(pair: Pair) -> None:
     assert await connection.passed_on() == body(OURS, b"late")
 
 
+async def test_a_heartbeat_is_the_clients_on_whatever_channel(pair: Pair) -> None:
+    connection = Connection(pair)
+
+    connection.splitter.feed(making.framed(8, OURS, b""))
+
+    assert not connection.inbox.taken
+    assert await connection.passed_on() == making.framed(8, OURS, b"")
+
+
 async def test_what_arrives_comes_through_the_readers_own_door(pair: Pair) -> None:
     """The splitter takes the place of `feed_data`, which is where the event loop puts what the socket brought."""
     connection = Connection(pair)
