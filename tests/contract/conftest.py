@@ -34,6 +34,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("adapter", able, ids=lambda adapter: adapter.name)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What none of the adapters here can do is left out, and not called a skip: the report says who lacks it."""
+    nowhere = [item for item in items if isinstance(item, pytest.Function) and not has_an_adapter(item)]
+    if nowhere:
+        config.hook.pytest_deselected(items=nowhere)
+        items[:] = [item for item in items if item not in nowhere]
+
+
+def has_an_adapter(item: pytest.Function) -> bool:
+    return "adapter" not in item.fixturenames or isinstance(item.callspec.params["adapter"], Adapter)
+
+
 @pytest.fixture
 async def bench(adapter: Adapter, brokers: Brokers) -> AsyncIterator[Bench]:
     name = f"contract-{secrets.token_hex(4)}"

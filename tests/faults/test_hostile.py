@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from eventbus.message import Message
 from eventbus.transport.base import Publication, Unpublishable
 from eventbus.transport.rabbitmq import channels
 from tests import corpus
+from tests.faults.hostile.__main__ import as_json
 from tests.faults.hostile.amqp import Connection, Raw, decode_properties, encode_field, encode_properties, nested
 from tests.faults.hostile.backlog import run_backlog
 from tests.faults.hostile.count import count, digest_of, envelope_of, line_of
@@ -47,6 +49,7 @@ async def test_every_hostile_message_is_handled_or_dead_lettered_as_it_was(every
         assert counted.handled
         assert counted.dead
     assert result.counts[0].sent == MESSAGES
+    assert json.loads(json.dumps(as_json(result)))["is_good"] == result.is_good
     assert result.end_mb < MOST_MB
 
 

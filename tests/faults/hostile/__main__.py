@@ -98,7 +98,7 @@ def show_counts(result: Result, console: Console) -> None:
     for counted in result.counts:
         kinds = Table("kind", "what became of it", title=counted.service)
         for kind, fates in sorted(counted.fates.items()):
-            kinds.add_row(kind, ", ".join(f"{number} {fate}" for fate, number in fates.most_common()))
+            kinds.add_row(kind, ", ".join(f"{number} {fate}" for fate, number in sorted(fates.items())))
         console.print(kinds)
     console.print(
         f"worker: {'alive' if result.is_alive else 'DEAD'}, exit code {result.exit_code}, sessions lost "

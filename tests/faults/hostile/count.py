@@ -89,7 +89,7 @@ class Count:
     changed: int = 0  # dead letters that are no message that was sent
     invented: int = 0  # notes of handlers about no event that was sent
     left: int = 0  # still in a queue
-    fates: dict[str, Counter[str]] = field(default_factory=dict)  # by kind of message
+    fates: dict[str, dict[str, int]] = field(default_factory=dict)  # by kind of message
 
     @property
     def adds_up(self) -> bool:
@@ -128,7 +128,8 @@ def count(
         else:
             fate = "lost"
             counted.lost += 1
-        counted.fates.setdefault(kind, Counter())[fate] += 1
+        fates = counted.fates.setdefault(kind, {})
+        fates[fate] = fates.get(fate, 0) + 1
     extra = {digest: reasons.total() for digest, reasons in unclaimed.items()}
     counted.again = sum(number for digest, number in extra.items() if digest in known)
     counted.changed = sum(number for digest, number in extra.items() if digest not in known)

@@ -58,9 +58,9 @@ def _cells() -> tuple[Cell, ...]:
              worker_options=SOON),
         Cell("publisher-killed", "the publisher: SIGKILL four times", faults.publisher_killed),
         Cell("prefetched-300-killed-30-times",
-             "the only worker: SIGKILL thirty times in the middle of 300 events, 5 s leases",
+             "the only worker: SIGKILL thirty times in the middle of 300 events, 15 s leases",
              faults.killed_thirty_times, events=300, begins_at=0, workers=1, services=("payments",),
-             worker_options=("--prefetch", "300", "--concurrency", "20", "--work-s", "0.2", *SOON)),
+             worker_options=("--prefetch", "300", "--concurrency", "20", "--work-s", "0.2", "--lease-s", "15")),
         # the broker
         Cell("broker-killed", "the broker: SIGKILL, and started again", faults.broker_killed),
         Cell("broker-killed-fifty-times", "the broker: fifty times SIGKILL within 5 ms after a publish returned; "

@@ -90,20 +90,15 @@ def _done_twice(books: sqlite3.Connection) -> frozenset[str]:
 
 
 def all_handle_again(books: sqlite3.Connection, services: Sequence[str], moment: float) -> float | None:
-    """When the last of *services* handled its first event after *moment*.
+    """When the last of *services* had handled the first event that came to its handler after *moment*.
 
-    One that was confirmed after *moment*, where there is such a one: all of the way works again. None where there was
-    nothing left to handle.
+    None where there was nothing left to handle.
     """
-    firsts = [_first_after(books, service, moment) for service in services]
-    return max((first for first in firsts if first is not None), default=None)
-
-
-def _first_after(books: sqlite3.Connection, service: str, moment: float) -> float | None:
-    handled = "select min(at) from effects join published using (event) where service = ?1 and at >= ?2"
-    late: float | None = books.execute(f"{handled} and confirmed >= ?2", (service, moment)).fetchone()[0]
-    any_: float | None = books.execute(handled, (service, moment)).fetchone()[0]
-    return any_ if late is None else late
+    first = """
+        select min(at) from effects join runs using (service, event) where service = ?1 and began >= ?2 and at >= began
+    """
+    found = [books.execute(first, (service, moment)).fetchone()[0] for service in services]
+    return max((at for at in found if at is not None), default=None)
 
 
 def _column(books: sqlite3.Connection, question: str, *values: object) -> frozenset[str]:

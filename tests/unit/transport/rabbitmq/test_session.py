@@ -10,6 +10,7 @@ import pytest
 from yarl import URL
 
 from eventbus.errors import SetupError, TransportError
+from eventbus.transport.base import CONNECT_TIMEOUT_S
 from eventbus.transport.rabbitmq import session
 from eventbus.transport.rabbitmq.refusals import Address, LoginRefused, Missing, Unreachable
 from eventbus.transport.rabbitmq.session import Backoff, Calling, Lost, Session, first, rebuild
@@ -131,7 +132,7 @@ async def test_a_try_that_hangs_is_ended_soon_where_others_were_quick_and_gets_m
         with pytest.raises(TimeoutError):
             await backoff.tried(hangs)
 
-    assert all(0.02 <= each < session.CONNECT_TIMEOUT_S for each in given_s)
+    assert all(0.02 <= each < CONNECT_TIMEOUT_S for each in given_s)
     assert given_s[-1] >= 0.04
     assert await rebuild(Builds("a session"), give_up, backoff) == "a session"
 
