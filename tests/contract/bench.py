@@ -51,6 +51,7 @@ class Adapter:
     name: str
     line: str | None
     lacks: frozenset[str] = frozenset()
+    has_lane: bool = False
 
 
 KEEPS = "keeps messages when nobody is connected"
@@ -64,7 +65,7 @@ HISTORY = "a new consumer sees what others have acked before"
 
 
 def adapters(lines: Iterable[str]) -> list[Adapter]:
-    """The embedded broker and RabbitMQ's *lines*."""
+    """The embedded broker and RabbitMQ's *lines*, each in both ways that events can take."""
     # AMQP cannot list bindings, and looking at something without declaring it compares nothing.
     rabbitmq = frozenset({SEES_BINDINGS, COMPARES_SHARED, ORDER, HISTORY})
     # Tried on 3.10.8: it moves the consumer over instead of cancelling it, hands it messages that never leave the
@@ -72,7 +73,11 @@ def adapters(lines: Iterable[str]) -> list[Adapter]:
     before_4 = rabbitmq | {SEES_A_NEW_QUEUE}
     return [
         Adapter("memory", None, frozenset({KEEPS, LOSES_PARTS, SEES_A_NEW_QUEUE, HISTORY})),
-        *(Adapter(f"rabbitmq {line}", line, before_4 if line.startswith("3.") else rabbitmq) for line in lines),
+        *(
+            Adapter(name, line, before_4 if line.startswith("3.") else rabbitmq, has_lane)
+            for line in lines
+            for name, has_lane in ((f"rabbitmq {line}", False), (f"rabbitmq {line} on the lane", True))
+        ),
     ]
 
 
@@ -135,15 +140,18 @@ def acking(*inboxes: Inbox) -> Callable[[Delivery], None]:
 class Bench:
     """Transports and consumers on one broker, ended together. *server*: the RabbitMQ behind it, if it is one."""
 
-    def __init__(self, url: str, server: BrokerServer | None, ending: AsyncExitStack) -> None:
+    def __init__(
+        self, url: str, server: BrokerServer | None, ending: AsyncExitStack, *, has_lane: bool = False
+    ) -> None:
         self.url = url
+        self._has_lane = has_lane
         self._server = server
         self._ending = ending
 
     # ── transports ────────────────────────────────────────────────────────────────────────────────
 
     async def open(self, *topologies: Topology, declare: Declare = "apply", url: str | None = None) -> Transport:
-        transport = from_url(url or self.url)
+        transport = from_url(url or self.url, has_lane=self._has_lane)
         self._ending.push_async_callback(transport.close)
         await transport.open(merge(topologies), declare)
         return transport

@@ -55,7 +55,7 @@ async def bench(adapter: Adapter, brokers: Brokers) -> AsyncIterator[Bench]:
         else:
             server = brokers.shared(adapter.line)
             ending.callback(server.drop_vhosts)
-            yield Bench(server.new_vhost(), server, ending)
+            yield Bench(server.new_vhost(), server, ending, has_lane=adapter.has_lane)
 
 
 @pytest.fixture
