@@ -31,6 +31,7 @@ from benchmarks.plan import CELERY, DRAMATIQ, NOTES, OURS, SHARES
 BEGIN, END = "<!-- figures: written by `make bench` -->", "<!-- the end of the figures -->"
 ALONE = {PUBLISH_MANY: "publish_many", "embedded": "memory://", "import eventbus": "start",
          "from eventbus import *": "start", "eventbus --help": "start"}  # fmt: skip
+FILES = 15  # of a profile
 LATENCIES = ("latency p50", "latency p99", "latency p99.9")
 
 
@@ -193,6 +194,8 @@ def as_markdown(run: Run) -> str:
     parts += ["### Notes", "\n".join(f"* {note}" for note in _notes(run))]
     for part in run.profile:
         parts.append(f"### Where the time goes: {part['of']}")
+        shares: Mapping[str, float] = part["files"]  # type: ignore[assignment]
+        parts.append(", ".join(f"`{file}` {share:.1%}" for file, share in list(shares.items())[:FILES]) + ".")
         parts.append("\n".join(_profile_rows(part["rows"])))  # type: ignore[arg-type]
     return "\n\n".join(parts) + "\n"
 

@@ -178,10 +178,8 @@ class Stage:
         published = self._publish(cell, url)
         handled = self._handle(cell, url)
         if cell.kind == "profile":
-            return [], [
-                {"of": "publish", "rows": published[0]["profile"]},
-                {"of": "handle", "rows": handled[0]["profile"]},
-            ]
+            told = {"publish": published[0], "handle": handled[0]}
+            return [], [{"of": of, "files": answer["files"], "rows": answer["profile"]} for of, answer in told.items()]
         how = str(cell.options.get("how", "window"))
         figures = [
             Figure(WHAT[how], rate_of(published)),
