@@ -228,7 +228,7 @@ async def test_a_publish_goes_on_once_the_policy_that_bounded_its_queue_is_lifte
         fill = (transport.publish(fact("fills it"), timeout_s=0.5) for _ in range(10))
         await asyncio.gather(*fill, return_exceptions=True)
         with pytest.raises(NotPublished, match="a queue refuses it"):
-            await transport.publish(fact("too many"), timeout_s=0.5)
+            await transport.publish(fact("too many"), timeout_s=2)
         await asyncio.to_thread(every_line.api, "DELETE", policy)
 
         assert await transport.publish(fact("in the end"), timeout_s=TIMEOUT_S)

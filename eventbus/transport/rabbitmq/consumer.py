@@ -44,6 +44,8 @@ class _Feed:
         self._is_turning = False  # narrow to wide or back: nothing more is taken from this channel
         self._is_stopping = False
         self._is_closing = False
+        # What comes before `run` does waits: who stops the consumer meanwhile knows nothing of this session yet.
+        self._early: list[Incoming] | None = []
         self._held: deque[RabbitDelivery] = deque()  # suspicious ones that wait to be alone
         self._wake = asyncio.Event()
         self._has_stopped = asyncio.Event()
@@ -64,6 +66,9 @@ class _Feed:
     # ── notes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, incoming: Incoming) -> None:
+        if self._early is not None:
+            self._early.append(incoming)
+            return
         if self._is_stopping or not self.session.is_live:
             return  # in flight when the consumer was cancelled: not taken, and given back with the channel
         delivery = RabbitDelivery(self, incoming)
@@ -124,6 +129,9 @@ class _Feed:
 
     async def run(self) -> None:
         """Carry the notes to the broker until the session ends or `finish` is called."""
+        early, self._early = self._early or [], None
+        for incoming in early:
+            self._take(incoming)
         try:
             while not self._is_closing and self.session.is_live:
                 await self._wake.wait()
