@@ -187,6 +187,7 @@ def as_markdown(run: Run) -> str:
         (f"Run {run.started[:10]}: {run.rounds} rounds of about {run.events:,} events, {run.took_s / 60:.0f} minutes. "
         f"{run.machine['processor']}, {run.machine['cores']} cores, {run.machine['memory_gb']} GB, "
         f"{run.machine['system']}. {', '.join(f'{name} {value}' for name, value in run.versions.items())}."),
+        "![Events a second and latency, by client](benchmarks/results.png)",
     ]  # fmt: skip
     for sheet in sheets(run):
         parts.append(f"### {sheet.title}")
