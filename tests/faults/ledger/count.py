@@ -89,16 +89,24 @@ def _done_twice(books: sqlite3.Connection) -> frozenset[str]:
     return frozenset(again | _column(books, several))
 
 
-def all_handle_again(books: sqlite3.Connection, services: Sequence[str], moment: float) -> float | None:
+def all_handle_again(
+    books: sqlite3.Connection, services: Sequence[str], moment: float, *, new: bool = True
+) -> float | None:
     """When the last of *services* had handled the first event that came to its handler after *moment*.
 
-    None where there was nothing left to handle.
+    Where events were confirmed after *moment*, one of those, if it must be a *new* one. None where there was nothing
+    left to handle.
     """
-    first = """
-        select min(at) from effects join runs using (service, event) where service = ?1 and began >= ?2 and at >= began
-    """
-    found = [books.execute(first, (service, moment)).fetchone()[0] for service in services]
-    return max((at for at in found if at is not None), default=None)
+    firsts = [_first_after(books, service, moment, new=new) for service in services]
+    return max((at for at in firsts if at is not None), default=None)
+
+
+def _first_after(books: sqlite3.Connection, service: str, moment: float, *, new: bool) -> float | None:
+    came = "from effects join runs using (service, event) where service = ?1 and began >= ?2 and at >= began"
+    of_new = f"{came} and event in (select event from published where confirmed >= ?2)"
+    later: float | None = books.execute(f"select min(at) {of_new}", (service, moment)).fetchone()[0]
+    earliest: float | None = books.execute(f"select min(at) {came}", (service, moment)).fetchone()[0]
+    return earliest if later is None or not new else later
 
 
 def _column(books: sqlite3.Connection, question: str, *values: object) -> frozenset[str]:

@@ -21,7 +21,7 @@ from tests.servers import ServerError, ask_version
 
 SHORT_S = 3.0
 HEARTBEAT_S = 4  # what cells ask for that wait for it
-LONG_S = 16.0  # more than three of those heartbeats: client and broker have given up
+LONG_S = 20.0  # more than the four of those heartbeats after which the last client has given up
 KILLS = 30
 IN_THE_MIDDLE = 10  # further runs by which a worker is in the middle of many
 EVERY_S = 2.0

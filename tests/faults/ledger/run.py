@@ -87,7 +87,7 @@ async def run_cell(
         await _stop(stage)
         counted = _counted(cell, stage, dead | await stage.dead_letters())
         result = Result(
-            cell, broker.line, counted, number, _recovery_s(stage, counted),
+            cell, broker.line, counted, number, _recovery_s(cell, stage, counted),
             took_s=time.monotonic() - began, started=started, seed=chosen, versions=versions_of(broker),
         )  # fmt: skip
         if not result.is_good and saboteur is None:
@@ -220,11 +220,11 @@ async def _stop(stage: Stage) -> None:
         await worker.stop()
 
 
-def _recovery_s(stage: Stage, counted: Count) -> float | None:
+def _recovery_s(cell: Cell, stage: Stage, counted: Count) -> float | None:
     """None where it never came to that; 0 where everything had been handled when the fault was seen to be over."""
     if stage.fault_ended is None:
         return None
-    first = all_handle_again(stage.books, stage.services, stage.fault_ended)
+    first = all_handle_again(stage.books, stage.services, stage.fault_ended, new=cell.recovers_with == "new")
     if first is None:
         return None if counted.lost else 0.0
     return round(first - stage.fault_ended, 3)
