@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import time
+import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from eventbus.topology import Binding, Exchange, Names, Queue, Topology, merge, 
 from eventbus.transport.base import Declare, Delivery, NotPublished, Publication, Source, Unpublishable
 from eventbus.transport.rabbitmq import RabbitMQ, publisher, session
 from eventbus.transport.rabbitmq.consumer import RabbitConsumer
+from tests.faults.ledger.proxy import Proxy
 from tests.servers import BrokerServer, vhost_of, with_login
 
 TIMEOUT_S = 90.0  # restarts of a broker included, on a busy computer
@@ -174,6 +176,23 @@ async def test_a_connection_that_the_broker_closes_is_replaced(
     for what in ("publishing", "consuming"):
         assert logged(caplog, logging.WARNING, f"{what}: connection lost") == 1
         assert logged(caplog, logging.INFO, f"{what}: connected again") == 1
+
+
+async def test_a_connection_that_only_we_believe_in_is_replaced_after_one_and_a_half_heartbeats(
+    every_line: BrokerServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    url, taken = every_line.new_vhost(), Taken()
+    parts = urllib.parse.urlsplit(url)
+
+    async with Proxy(parts.hostname or "127.0.0.1", parts.port or 5672) as proxy:
+        via = with_login(url, "guest", "guest").replace(f":{parts.port}/", f":{proxy.own_port}/") + "?heartbeat=2"
+        async with opened(via, small()) as transport, consuming(via, small(), taken):
+            proxy.leave_half_open()
+            await transport.publish(fact("after"), timeout_s=TIMEOUT_S)
+            await eventually(lambda: taken.bodies == ["after"], "it is delivered")
+
+    reasons = [vars(record)["why"] for record in caplog.records if "connection lost" in record.getMessage()]
+    assert reasons == ["the broker has been silent for 3 s"] * 2
 
 
 async def test_a_queue_that_was_deleted_is_declared_again(every_line: BrokerServer) -> None:

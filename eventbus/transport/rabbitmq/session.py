@@ -30,9 +30,11 @@ from eventbus.transport.rabbitmq.wire import Wire
 
 log = logging.getLogger("eventbus.transport.rabbitmq")
 
-# Silence ends a connection: the broker gives up after twice this, the client after three times. So a handler may block
-# the event loop for half a minute, and a broker that vanished without a word is noticed within a minute.
+# Silence ends a connection: the broker gives up after twice this, so a handler may block the event loop for half a
+# minute; we, after one and a half times. A broker that has just sent something may stay silent for nearly one time.
 HEARTBEAT_S: Final = 20
+LISTENS_PER_HEARTBEAT: Final = 4
+SILENT_LISTENS: Final = 6
 CLOSE_TIMEOUT_S: Final = 5.0
 CLOSE_REASON_S: Final = 1.0
 # A broker that is starting may not know its users yet; a queue that is gone may be declared by somebody else.
@@ -93,6 +95,10 @@ class Session:
         self._watched: set[aiormq.Channel] = set()
         self._when_ended: list[Callable[[], None]] = []
         self._underlay.closing.add_done_callback(self._on_connection_closed)
+        self._silent = 0
+        self._listening: asyncio.TimerHandle | None = None
+        self._listen_s = self._underlay.connection_tune.heartbeat / LISTENS_PER_HEARTBEAT
+        self._listen_again()
 
     @property
     def _underlay(self) -> aiormq.abc.AbstractConnection:
@@ -159,9 +165,24 @@ class Session:
         if self.is_live:
             self.is_live = False
             self.reason = reason
+            if self._listening is not None:
+                self._listening.cancel()
             self.ended.set()
             for callback in self._when_ended:
                 callback()
+
+    def _listen_again(self) -> None:
+        if self._listen_s:  # 0: no heartbeat was asked for
+            self._listening = asyncio.get_running_loop().call_later(self._listen_s, self._listen)
+
+    def _listen(self) -> None:
+        """Count how often nothing was heard. (Not seconds: an event loop that was blocked hears nothing either.)"""
+        self._silent = 0 if self._wire.has_heard() else self._silent + 1
+        if self._silent < SILENT_LISTENS:
+            self._listen_again()
+            return
+        self.fail(ConnectionError(f"the broker has been silent for {self._silent * self._listen_s:g} s"))
+        self._wire.abort()  # a goodbye would wait for an answer
 
     def when_ended(self, callback: Callable[[], None]) -> None:
         """Have *callback* called at the end, from wherever that is noticed."""

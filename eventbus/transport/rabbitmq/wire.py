@@ -1,8 +1,8 @@
 """The socket of one connection, opened as aiormq opens it, and what is read from it on the way.
 
-Kept for what aiormq has no public way to do: wait for room, hang up at once, learn why the broker hung up or takes
-nothing in, and get past a message whose headers the client cannot read (it would end the connection, again in every
-session).
+Kept for what aiormq has no public way to do: wait for room, hang up at once, notice silence, learn why the broker hung
+up or takes nothing in, and get past a message whose headers the client cannot read (it would end the connection, again
+in every session).
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Wire(aiormq.TransportFactory):
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._frames: _Frames | None = None
+        self._has_heard = False
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         self._reader, self._writer = await self._factory.create(url, **kwargs)
@@ -58,6 +59,13 @@ class Wire(aiormq.TransportFactory):
             log.warning("the lane is closed: events go through the client, slower", extra={"why": why})
         elif self._is_split:
             self.splitter = Splitter(self._reader, self._writer)
+        feed = self._reader.feed_data
+
+        def hear(data: bytes) -> None:
+            self._has_heard = True
+            feed(data)
+
+        self._reader.feed_data = hear  # type: ignore[method-assign, assignment]
         self._frames = _Frames(self._reader.readexactly, is_careful=self._is_careful)
         self._reader.readexactly = self._frames.readexactly  # type: ignore[method-assign]
         return self._reader, self._writer
@@ -93,6 +101,11 @@ class Wire(aiormq.TransportFactory):
         """Return once the socket takes more. A broker under an alarm stops reading: this is what bounds our memory."""
         assert self._writer is not None
         await self._writer.drain()
+
+    def has_heard(self) -> bool:
+        """Whether anything has come since this was asked last."""
+        has_heard, self._has_heard = self._has_heard, False
+        return has_heard
 
     def abort(self) -> None:
         if self._writer is not None:

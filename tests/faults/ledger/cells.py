@@ -19,7 +19,7 @@ SHORT = ("worker-killed", "broker-killed")
 
 
 # Which event shows that all work again: one that was confirmed after the fault's end, since what had been delivered
-# before proves nothing; or the first that came to a handler then, where many wait since nobody could handle them.
+# before proves nothing; or the first that came to a handler then, where it was the handling that broke: many may wait.
 Recovery = Literal["new", "waiting"]
 
 
@@ -109,10 +109,12 @@ def _cells() -> tuple[Cell, ...]:
         Cell("store-cut-off", "the idempotency store does not answer until nothing was handled for 6 s",
              faults.store_cut_off, recovers_with="waiting"),
         # handlers
-        Cell("handler-fails", "one handler in ten fails at first", faults.special_events, kind="fails", every=10),
-        Cell("handler-hangs", "handlers hang until their timeout", hanging, kind="hangs"),
+        Cell("handler-fails", "one handler in ten fails at first", faults.special_events, kind="fails", every=10,
+             recovers_with="waiting"),
+        Cell("handler-hangs", "handlers hang until their timeout", hanging, kind="hangs",
+             recovers_with="waiting"),
         Cell("handler-raises-base-exception", "handlers raise a BaseException", faults.special_events,
-             kind="raises-base-exception"),
+             kind="raises-base-exception", recovers_with="waiting"),
         Cell("handler-exits", "handlers exit the interpreter, 5 s leases", faults.exiting_handlers, kind="exits",
              every=1000, worker_options=SOON, recovers_with="waiting"),
         beating("handler-blocks", "a handler blocks the event loop for 20 s, five heartbeats", blocking, flow_s=28,
