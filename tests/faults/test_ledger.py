@@ -101,7 +101,7 @@ def test_recovery_is_when_every_service_has_handled_what_came_after_the_fault(tm
     for service, event, began, at in [("a", "at work", 9.5, 10.5), ("a", "late", 11, 11.5), ("b", "late", 11.5, 13.0)]:
         books.execute("insert into runs values (?, ?, 0, 1, ?)", (service, event, began))
         books.execute("insert into effects values (?, ?, 0, ?, 1)", (service, event, at))
-    books.execute("insert into published values ('late', 0, 10.2, 11.2), ('at work', 1, 8, 9), ('waiting', 2, 8, 9)")
+    books.execute("insert into published values ('late', 0, 10.2, 11.2), ('at work', 1, 8, 9), ('waiting', 2, 8, 10.1)")
     books.execute("insert into runs values ('a', 'waiting', 2, 1, 10.5)")
     books.execute("insert into effects values ('a', 'waiting', 2, 10.6, 1)")
 

@@ -18,8 +18,8 @@ SOON = ("--lease-s", "5")
 SHORT = ("worker-killed", "broker-killed")
 
 
-# Which event shows that all work again: one that was confirmed after the fault's end, since what had been delivered
-# before proves nothing; or the first that came to a handler then, where it was the handling that broke: many may wait.
+# Which event shows that all work again: one that was published after the fault's end, since what was under way then
+# proves nothing; or the first that came to a handler then, where it was the handling that broke: many may wait.
 Recovery = Literal["new", "waiting"]
 
 

@@ -94,7 +94,7 @@ def all_handle_again(
 ) -> float | None:
     """When the last of *services* had handled the first event that came to its handler after *moment*.
 
-    Where events were confirmed after *moment*, one of those, if it must be a *new* one. None where there was nothing
+    Where events were published after *moment*, one of those, if it must be a *new* one. None where there was nothing
     left to handle.
     """
     firsts = [_first_after(books, service, moment, new=new) for service in services]
@@ -103,7 +103,7 @@ def all_handle_again(
 
 def _first_after(books: sqlite3.Connection, service: str, moment: float, *, new: bool) -> float | None:
     came = "from effects join runs using (service, event) where service = ?1 and began >= ?2 and at >= began"
-    of_new = f"{came} and event in (select event from published where confirmed >= ?2)"
+    of_new = f"{came} and event in (select event from published where began >= ?2)"
     later: float | None = books.execute(f"select min(at) {of_new}", (service, moment)).fetchone()[0]
     earliest: float | None = books.execute(f"select min(at) {came}", (service, moment)).fetchone()[0]
     return earliest if later is None or not new else later

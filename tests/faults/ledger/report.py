@@ -27,7 +27,7 @@ Written by `make ledger`; one cell again: `make ledger CELL=worker-killed BROKER
   handler ran again since a crash had come before the record, and found its own row. **done twice**: handled again after
   it was recorded as done, or with two effects.
 * **recovery**: seconds from the fault's end until each service has handled an event that came to its handler after it,
-  and was confirmed after it, too; where workers had been away or had ended, the first of those that waited. Within
+  and was published after it, too; where workers had been away or had ended, the first of those that waited. Within
   10 s, and where a dead connection is found out by a heartbeat of 4 s, within 14 s; 0 where everything had been handled
   by then.
 
