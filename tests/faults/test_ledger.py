@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,10 @@ async def test_nothing_is_lost_and_nothing_is_done_twice(own_broker_of_every_lin
 
 @pytest.mark.parametrize("saboteur", ["ack-first", "returns-are-success"])
 async def test_a_build_that_loses_is_found_out(own_broker: BrokerServer, saboteur: str) -> None:
-    result = await run_cell(CELLS["retry-copy-returned"], own_broker, events=EVENTS, saboteur=saboteur, quiet_s=3)
+    # Every handler fails, so that the one worker holds more copies than it will, pauses, and gives back the originals.
+    cell = dataclasses.replace(CELLS["retry-copy-returned"], every=1, share=1.0, workers=1)
+
+    result = await run_cell(cell, own_broker, events=EVENTS, saboteur=saboteur, quiet_s=3)
 
     assert result.counted.lost
     assert not result.is_good
