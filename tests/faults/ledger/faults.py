@@ -318,13 +318,18 @@ async def queue_deleted_while_consumed(stage: Stage) -> None:
 
 
 async def retry_queue_in_conflict(stage: Stage) -> None:
-    """Somebody declares the retry queue with other arguments: workers end, and go on once that is put right."""
+    """Somebody declares the retry queue with other arguments: workers end, and go on once that is put right.
+
+    While the workers are away: 3.10 does not tell consumers of a queue that is deleted and declared again at once.
+    """
     path = f"/queues/VHOST/events.{stage.services[0]}.retry"
-    await stage.api("DELETE", path)
     wrong: dict[str, object] = {"durable": True, "arguments": {"x-queue-type": "quorum", "x-delivery-limit": 5}}
-    async with asyncio.timeout(30):
-        while not await _declared(stage, path, wrong):  # the worker declares it too, and may be the first
-            await stage.api("DELETE", path)
+    for worker in stage.workers:
+        await worker.stop()
+    await stage.api("DELETE", path)
+    assert await _declared(stage, path, wrong)
+    for worker in stage.workers:
+        worker.start()
     lives = sum(worker.lives for worker in stage.workers)
     await stage.until(lambda: sum(worker.lives for worker in stage.workers) > lives, "a worker gives up")
     await stage.api("DELETE", path)
