@@ -293,7 +293,7 @@ class LaneConsuming:
         self._splitter.flush()
         async with Calling(self._session, self._channel):
             await self._channel.close()
-        self._splitter.leave(self._number)
+        self._splitter.leave(self._number, self)
 
     def _check_live(self) -> None:
         if not self._session.is_live:

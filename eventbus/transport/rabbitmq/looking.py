@@ -17,8 +17,9 @@ from eventbus.transport.rabbitmq.channels import ConsumingChannel, Incoming
 from eventbus.transport.rabbitmq.declare import declare_view
 from eventbus.transport.rabbitmq.delivery import RabbitDelivery
 from eventbus.transport.rabbitmq.refusals import not_allowed
-from eventbus.transport.rabbitmq.session import Lost, Session
+from eventbus.transport.rabbitmq.session import CLOSE_TIMEOUT_S, Lost, Session
 
+GIVEN_BACK_A_SECOND: Final = 500  # at least, on a busy computer too
 PREFETCH: Final = 200  # how far a view may lag behind before the broker begins to drop what is oldest
 
 
@@ -71,11 +72,17 @@ class _Look:
 
     async def end(self) -> None:
         """Tell what was settled, give back the rest."""
-        with contextlib.suppress(Lost):
-            await self._channel.settle(self._batch.take())
-            # One by one, oldest first: what a closed channel gives back, the broker puts back in any order.
-            await self._channel.give_back(self._held)
-            await self._channel.close()
+        # A broker that does not answer must not keep whoever wants to leave. It gets all back with the session.
+        enough_s = CLOSE_TIMEOUT_S + len(self._held) / GIVEN_BACK_A_SECOND
+        with contextlib.suppress(Lost, TimeoutError):
+            async with asyncio.timeout(enough_s):
+                await self._give_back()
+
+    async def _give_back(self) -> None:
+        await self._channel.settle(self._batch.take())
+        # One by one, oldest first: what a closed channel gives back, the broker puts back in any order.
+        await self._channel.give_back(self._held)
+        await self._channel.close()
 
 
 @contextlib.asynccontextmanager

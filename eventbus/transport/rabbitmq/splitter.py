@@ -59,8 +59,10 @@ class Splitter:
     def enter(self, number: int, inbox: Inbox) -> None:
         self._inboxes[number] = inbox
 
-    def leave(self, number: int) -> None:
-        self._inboxes.pop(number, None)
+    def leave(self, number: int, inbox: Inbox) -> None:
+        """*inbox* takes no more. Its number may be another one's by now: the client gives it away again at once."""
+        if self._inboxes.get(number) is inbox:
+            del self._inboxes[number]
 
     # ── in ────────────────────────────────────────────────────────────────────────────────────────────────────────
 

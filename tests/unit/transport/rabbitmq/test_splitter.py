@@ -81,11 +81,22 @@ async def test_each_frame_goes_to_whom_it_is_for(pair: Pair) -> None:
 async def test_a_channel_that_was_left_is_the_clients(pair: Pair) -> None:
     connection = Connection(pair)
 
-    connection.splitter.leave(OURS)
-    connection.splitter.leave(OURS)
+    connection.splitter.leave(OURS, connection.inbox)
+    connection.splitter.leave(OURS, connection.inbox)
     connection.splitter.feed(body(OURS, b"late"))
 
     assert await connection.passed_on() == body(OURS, b"late")
+
+
+async def test_a_number_that_is_another_channels_by_now_stays_with_it(pair: Pair) -> None:
+    connection, next_one = Connection(pair), Inbox()
+    connection.splitter.enter(OURS, next_one)
+
+    connection.splitter.leave(OURS, connection.inbox)
+    connection.splitter.feed(body(OURS, b"1"))
+
+    assert next_one.taken == [(3, b"1")]
+    assert not connection.inbox.taken
 
 
 async def test_a_heartbeat_is_the_clients_on_whatever_channel(pair: Pair) -> None:
