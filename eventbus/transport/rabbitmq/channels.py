@@ -197,6 +197,15 @@ class ConsumingChannel:
             message = await self._channel.basic_get(queue)
         return None if isinstance(message.delivery, Basic.GetEmpty) else _decoded(message)
 
+    async def count(self, queue: str) -> int:
+        """How many messages of *queue* wait for a consumer.
+
+        Raises:
+            Lost: the session died, or the broker refused: `reason` says which.
+        """
+        async with Calling(self._session, self._channel):
+            return (await self._channel.queue_declare(queue, passive=True)).message_count or 0
+
     async def cancel(self) -> None:
         """Take nothing more; what was delivered can still be settled. Harmless the second time."""
         if self._consumer_tag is not None:
