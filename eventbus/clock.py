@@ -37,8 +37,7 @@ class Clock(Protocol):
 class SystemClock:
     """The computer's own clock."""
 
-    def monotonic_s(self) -> float:
-        return time.monotonic()
+    monotonic_s = staticmethod(time.monotonic)
 
     def now(self) -> datetime:
         return datetime.now(UTC)

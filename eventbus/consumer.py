@@ -46,6 +46,7 @@ from eventbus.failure import failure_of, one_line, text_of
 from eventbus.idempotency.base import KEEP_DONE, LEASE, Done, IdempotencyStore, Mine, Theirs
 from eventbus.message import Message
 from eventbus.service import Service, Subscription, UnknownVersion
+from eventbus.slots import Slots
 from eventbus.telemetry import fields
 from eventbus.transport.base import Delivery, NotPublished, Unpublishable
 
@@ -59,6 +60,8 @@ MOST_PLANS = 10_000
 # What became of one handler's part of a delivery: settled (done, or its copy is confirmed), nothing (leave it to the
 # broker), or unpublishable (no copy can be made: the broker moves the original, untouched).
 Part = Literal["settled", "nothing", "unpublishable"]
+_WORST_FIRST: tuple[Part, ...] = ("nothing", "unpublishable")
+_HANDLED = Handled()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Environment:
     jitter: Callable[[], float] = lambda: random.uniform(-1.0, 1.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Work:
     """One handler's part of a delivery; no subscription where nothing here wants it."""
 
@@ -80,17 +83,20 @@ class _Work:
     envelope: Envelope | None
     subscription: Subscription | None
     handler: str | None
-    attempt: int
+    attempt: int  # a crash that the claim tells of counts as one
 
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """A handler at work, and the claim that it works under."""
+    """A handler and what it is called with; from `_AtWork.begin` on also who runs it, and under which claim."""
 
-    key: str
-    token: str
     work: _Work
-    task: asyncio.Task[Any]
+    subscription: Subscription
+    event: BaseModel | Envelope
+    envelope: Envelope
+    key: str
+    token: str = ""
+    task: asyncio.Task[Any] | None = None
     cancelled_because: Outcome | None = None
     ends_s: float = 0.0  # on the event loop's clock: the handler's timeout
     is_overdue: bool = False
@@ -98,33 +104,39 @@ class _Run:
     def cancel(self, outcome: Outcome) -> None:
         if self.cancelled_because is None:
             self.cancelled_because = outcome
-            self.task.cancel()
+            self._stop()
 
     def time_out(self) -> None:
         if not self.is_overdue:
             self.is_overdue = True
+            self._stop()
+
+    def _stop(self) -> None:
+        if self.task is not None:
             self.task.cancel()
 
 
-class _Deadlines:
-    """The timeouts of all handlers at work behind one timer: few pass, and one for each costs more than a claim."""
+class _AtWork:
+    """The handlers at work. Their timeouts are behind one timer: few pass, and one for each costs more than a claim."""
 
     def __init__(self) -> None:
-        self._runs: set[_Run] = set()
+        self.runs: set[_Run] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._rings_s = math.inf
 
-    def begin(self, run: _Run, timeout_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        run.ends_s = loop.time() + timeout_s
-        self._runs.add(run)
+    def begin(self, run: _Run) -> None:
+        run.task = task = _current_task()
+        loop = task.get_loop()
+        run.ends_s = loop.time() + run.subscription.timeout.total_seconds()
+        self.runs.add(run)
         if run.ends_s < self._rings_s:
             self._set(loop, run.ends_s)
 
     def end(self, run: _Run) -> None:
-        self._runs.discard(run)
+        self.runs.discard(run)
 
     def stop(self) -> None:
+        """No timeouts any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer, self._rings_s = None, math.inf
@@ -137,11 +149,12 @@ class _Deadlines:
     def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer, self._rings_s = None, math.inf
         now_s = loop.time()
-        for run in [run for run in self._runs if run.ends_s <= now_s]:
-            self._runs.discard(run)
-            run.time_out()
-        if self._runs:
-            self._set(loop, min(run.ends_s for run in self._runs))
+        for run in self.runs:
+            if run.ends_s <= now_s:
+                run.time_out()
+        next_s = min((run.ends_s for run in self.runs if not run.is_overdue), default=None)
+        if next_s is not None:
+            self._set(loop, next_s)
 
 
 class ServiceConsumer:
@@ -153,15 +166,15 @@ class ServiceConsumer:
         self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
         self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
         self._environment = environment
-        self._slots = asyncio.Semaphore(service.concurrency)
+        self._slots = Slots(service.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._runs: set[_Run] = set()
         self._plans: dict[str, tuple[Subscription, ...]] = {}
         self.stuck = 0  # retries and dead letters whose copies the broker does not take
         self._forced = False
         self._renewal: Timer | None = None
-        self._deadlines = _Deadlines()
+        self._at_work = _AtWork()
         self._context = contextvars.copy_context()
+        self._task_name = f"eventbus {service.name}"  # one for all: asyncio would make up one for each
 
     @property
     def is_idle(self) -> bool:
@@ -171,7 +184,8 @@ class ServiceConsumer:
     def deliver(self, delivery: Delivery) -> None:
         """Take *delivery*; never blocks, never raises."""
         # Not the context of whoever called: on the embedded broker that is a publisher's, with its spans and variables.
-        task = asyncio.get_running_loop().create_task(self._take(delivery), context=self._context.copy())
+        loop, context = asyncio.get_running_loop(), self._context.copy()
+        task = loop.create_task(self._take(delivery), name=self._task_name, context=context)
         self._tasks.add(task)
 
     async def drain(self, within_s: float) -> bool:
@@ -187,7 +201,7 @@ class ServiceConsumer:
         A handler that does not let itself be cancelled keeps its claim until the lease ends.
         """
         self._forced = True
-        for run in list(self._runs):
+        for run in list(self._at_work.runs):
             run.cancel(Cancelled())
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=within_s)
@@ -195,33 +209,28 @@ class ServiceConsumer:
             task.cancel()
         if self._renewal is not None:
             self._renewal.cancel()
-        self._deadlines.stop()
+        self._at_work.stop()
 
     # ── one delivery ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _take(self, delivery: Delivery) -> None:
         try:
-            await self._take_in(delivery)
-        finally:
-            self._tasks.discard(_current_task())
-
-    async def _take_in(self, delivery: Delivery) -> None:
-        self._environment.sender.telemetry.join(delivery.message.headers)
-        try:
-            parts = await self._parts(delivery)
+            self._environment.sender.telemetry.join(delivery.message.headers)
+            part = await self._whole(delivery)
         except Exception:
             # A bug of ours: it is handed back, so that nothing is lost and no window fills up with such deliveries.
             log.exception("a delivery of %s could not be settled", self.service.name)
             self._environment.on_trouble(f"a delivery of {self.service.name} could not be settled")
-            return
-        if "nothing" in parts:
-            return
-        if "unpublishable" in parts:
-            delivery.reject()
         else:
-            delivery.ack()
+            if part == "settled":
+                delivery.ack()
+            elif part == "unpublishable":
+                delivery.reject()
+        finally:
+            self._tasks.discard(_current_task())
 
-    async def _parts(self, delivery: Delivery) -> list[Part]:
+    async def _whole(self, delivery: Delivery) -> Part:
+        """What became of all parts: the broker hears of the delivery once, and "nothing" goes before the others."""
         message = delivery.message
         attempt = _attempt(message)
         try:
@@ -229,14 +238,15 @@ class ServiceConsumer:
         except EnvelopeError as error:
             self._environment.sender.telemetry.consumed(None, delivery.queue)
             work = _Work(delivery, None, None, None, attempt)
-            return [await self._settle(work, Refused("invalid-envelope", str(error)), attempt)]
+            return await self._settle(work, Refused("invalid-envelope", str(error)))
         self._environment.sender.telemetry.consumed(envelope.type, delivery.queue)
         works = self._works(delivery, envelope, attempt)
         if len(works) == 1:
-            return [await self._part(works[0])]
+            return await self._part(works[0])
         # Not a TaskGroup: a bug in one part must not cancel the handlers of the others.
-        parts = await asyncio.gather(*(self._part(work) for work in works), return_exceptions=True)
-        return [_part_or_raise(part) for part in parts]
+        gathered = await asyncio.gather(*(self._part(work) for work in works), return_exceptions=True)
+        parts = [_part_or_raise(part) for part in gathered]
+        return next((part for part in _WORST_FIRST if part in parts), "settled")
 
     def _works(self, delivery: Delivery, envelope: Envelope, attempt: int) -> list[_Work]:
         named = delivery.message.headers.get(header.HANDLER)
@@ -253,145 +263,153 @@ class ServiceConsumer:
 
     async def _part(self, work: _Work) -> Part:
         try:
-            outcome, attempt = await self._outcome(work)
+            ready = self._ready(work)
+            if isinstance(ready, _Run):
+                if not self._slots.take():
+                    await self._slots.wait()
+                try:
+                    outcome = await self._claimed(ready)
+                finally:
+                    self._slots.give()
+            else:
+                outcome = ready
         except Exception as error:  # noqa: BLE001  # a bug of ours, or of a model's: to fail is better than to be stuck
-            outcome, attempt = failure_of(error), work.attempt
-        return await self._settle(work, outcome, attempt)
+            outcome = failure_of(error)
+        if outcome is _HANDLED:
+            return "settled"  # as `decide` says; not asked each time
+        return await self._settle(work, outcome)
 
-    async def _outcome(self, work: _Work) -> tuple[Outcome, int]:
-        """What happened, and on which attempt: a crash that the claim tells of counts as one."""
+    def _ready(self, work: _Work) -> _Run | Outcome:
+        """What is to be run, or why there is nothing to run."""
         subscription, envelope = work.subscription, work.envelope
         assert envelope is not None
         if subscription is None:
             what = f"handler {work.handler!r}" if work.handler else f"subscription to {envelope.type}"
-            return Unmatched("no-handler", f"service {self.service.name!r} has no {what} in this program"), work.attempt
+            return Unmatched("no-handler", f"service {self.service.name!r} has no {what} in this program")
         try:
             event = subscription.read(envelope)
             key = subscription.idempotency_key(self.service.name, envelope, event)
         except UnknownVersion as error:
-            return Unmatched("unknown-version", str(error)), work.attempt
+            return Unmatched("unknown-version", str(error))
         except EnvelopeError as error:
-            return Refused(error.reason, str(error)), work.attempt
-        async with self._slots:
-            if self._forced or not work.delivery.is_live:
-                return Cancelled(), work.attempt
-            return await self._claimed(work, subscription, event, key)
+            return Refused(error.reason, str(error))
+        return _Run(work, subscription, event, envelope, key)
 
-    async def _claimed(
-        self, work: _Work, subscription: Subscription, event: BaseModel | Envelope, key: str
-    ) -> tuple[Outcome, int]:
-        store = self._environment.store
+    async def _claimed(self, run: _Run) -> Outcome:
+        """Claim, run, and record what came of it."""
+        work, store = run.work, self._environment.store
+        if self._forced or not work.delivery.is_live:
+            return Cancelled()
         try:
-            claim = await store.claim(key, LEASE)
+            claim = await store.claim(run.key, LEASE)
         except StoreError as error:
             self._environment.on_trouble(f"the idempotency store does not answer: {error}")
-            return StoreDown(str(error)), work.attempt
+            return StoreDown(str(error))
         match claim:
-            case Done():
-                return Duplicate(), work.attempt
-            case Theirs(lease_left=left):
-                return ClaimedElsewhere(left), work.attempt
             case Mine(token=token, crashes=crashes):
-                attempt = work.attempt + crashes
-        if attempt > subscription.retry.attempts and crashes:
-            attempt -= 1  # this one is not made
-            outcome: Outcome = Failed(f"its worker ended {crashes} times in the middle of it")
-        else:
-            outcome = await self._run(_Run(key, token, work, _current_task()), subscription, event, attempt)
-        return await self._record(work, key, token, outcome), attempt
+                run.token = token
+                work.attempt += crashes
+            case Done():
+                return Duplicate()
+            case Theirs(lease_left=left):
+                return ClaimedElsewhere(left)
+        if crashes and work.attempt > run.subscription.retry.attempts:
+            work.attempt -= 1  # this one is not made
+            return await self._freed(run, Failed(f"its worker ended {crashes} times in the middle of it"))
+        is_recording = self._environment.sender.telemetry.is_recording
+        outcome = await (self._recorded(run) if is_recording else self._handled(run))
+        if outcome is not _HANDLED:
+            return await self._freed(run, outcome)
+        try:
+            is_ours = await store.complete(run.key, run.token, KEEP_DONE)
+        except StoreError as error:
+            return await self._complete_later(run, error)
+        return _HANDLED if is_ours else self._claim_lost(run)
 
-    async def _run(self, run: _Run, subscription: Subscription, event: BaseModel | Envelope, attempt: int) -> Outcome:
-        """Run the handler to its end, whatever the end is."""
-        work, envelope = run.work, run.work.envelope
-        assert envelope is not None
-        context: Context[Any] = Context(
-            envelope,
-            attempt=attempt,
-            identity=(self.service.name, subscription.handler, self.service.source),
+    async def _recorded(self, run: _Run) -> Outcome:
+        """`_handled`, with a span and its measures."""
+        work = run.work
+        with self._environment.sender.telemetry.process(
+            run.envelope, work.delivery.message.headers,
+            queue=work.delivery.queue, handler=run.subscription.handler, attempt=work.attempt,
+        ) as processing:  # fmt: skip
+            outcome = await self._handled(run)
+            if outcome is not _HANDLED:
+                processing.error_type = outcome.kind if isinstance(outcome, Failed) else type(outcome).__name__
+            return outcome
+
+    def _context_of(self, run: _Run) -> Context[Any]:
+        return Context(
+            run.envelope,
+            attempt=run.work.attempt,
+            identity=(self.service.name, run.subscription.handler, self.service.source),
             state=self.state,
             publish=self._environment.sender.send,
         )
-        arguments = (event, context) if subscription.takes_context else (event,)
-        telemetry = self._environment.sender.telemetry
-        self._began(run)
+
+    async def _handled(self, run: _Run) -> Outcome:
+        """Run the handler to its end, whatever the end is."""
+        subscription = run.subscription
+        arguments: tuple[Any, ...] = (run.event,)
+        if subscription.takes_context:
+            arguments = run.event, self._context_of(run)
+        if self._renewal is None:
+            self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
         if self.on_attempt is not None:
             self.on_attempt(self.service.name, subscription.handler)
-        try:
-            if not telemetry.is_recording:
-                return await self._handled(run, subscription, arguments, attempt)
-            with telemetry.process(
-                envelope, work.delivery.message.headers,
-                queue=work.delivery.queue, handler=subscription.handler, attempt=attempt,
-            ) as processing:  # fmt: skip
-                outcome = await self._handled(run, subscription, arguments, attempt)
-                if not isinstance(outcome, Handled):
-                    processing.error_type = outcome.kind if isinstance(outcome, Failed) else type(outcome).__name__
-                return outcome
-        finally:
-            self._ended(run)
-
-    async def _handled(
-        self, run: _Run, subscription: Subscription, arguments: tuple[Any, ...], attempt: int
-    ) -> Outcome:
         began_s = self._environment.clock.monotonic_s()
-        timeout_s = subscription.timeout.total_seconds()
-        self._deadlines.begin(run, timeout_s)
+        self._at_work.begin(run)
         try:
             await subscription.function(*arguments)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  # a handler that calls sys.exit() must not take its neighbours along
-            return _outcome_of_error(error, run, subscription.timeout)
+            return _outcome_of_error(error, run)
         finally:
-            self._deadlines.end(run)
+            self._at_work.end(run)
         if run.cancelled_because is not None:  # and it swallowed that
             _current_task().uncancel()
         if run.is_overdue:
             _current_task().uncancel()
             return Failed(f"{_timed_out(subscription.timeout)}, and did not let itself be cancelled")
         if log.isEnabledFor(logging.DEBUG):
-            assert run.work.envelope is not None
-            self._say_handled(run.work.envelope, subscription, attempt, self._environment.clock.monotonic_s() - began_s)
-        return Handled()
+            self._say_handled(run, self._environment.clock.monotonic_s() - began_s)
+        return _HANDLED
 
-    async def _record(self, work: _Work, key: str, token: str, outcome: Outcome) -> Outcome:
-        """Complete the claim after success, give it back otherwise."""
-        store = self._environment.store
-        if not isinstance(outcome, Handled):
-            try:
-                await store.free(key, token)
-            except StoreError as error:
-                log.warning("a claim could not be given back, it ends with its lease: %s", error)
-            return outcome
-        # The work is done; only its record is missing. Not recording it would do it twice, so try until the lease ends.
-        deadline = self._environment.clock.monotonic_s() + LEASE.total_seconds()
-        for backoff_s in backoffs():
-            try:
-                if await store.complete(key, token, KEEP_DONE):
-                    return outcome
-                self._say_claim_lost(work, "it had done the work, and another worker may do it too")
-                return ClaimedElsewhere(LEASE)
-            except StoreError as error:
-                self._environment.on_trouble(f"the idempotency store does not answer: {error}")
-                if self._environment.clock.monotonic_s() >= deadline or self._forced:
-                    return StoreDown(str(error))
-            await asyncio.sleep(backoff_s)
+    async def _freed(self, run: _Run, outcome: Outcome) -> Outcome:
+        """*outcome*, with the claim given back."""
+        try:
+            await self._environment.store.free(run.key, run.token)
+        except StoreError as error:
+            log.warning("a claim could not be given back, it ends with its lease: %s", error)
         return outcome
+
+    async def _complete_later(self, run: _Run, error: StoreError) -> Outcome:
+        """Try until the lease ends: the work is done, and not recording it would do it twice."""
+        clock = self._environment.clock
+        deadline = clock.monotonic_s() + LEASE.total_seconds()
+        for backoff_s in backoffs():
+            self._environment.on_trouble(f"the idempotency store does not answer: {error}")
+            if clock.monotonic_s() >= deadline or self._forced:
+                break
+            await asyncio.sleep(backoff_s)
+            try:
+                is_ours = await self._environment.store.complete(run.key, run.token, KEEP_DONE)
+                return _HANDLED if is_ours else self._claim_lost(run)
+            except StoreError as again:
+                error = again
+        return StoreDown(str(error))
+
+    def _claim_lost(self, run: _Run) -> Outcome:
+        self._say_claim_lost(run.work, "it had done the work, and another worker may do it too")
+        return ClaimedElsewhere(LEASE)
 
     # ── claims of handlers at work are renewed, all at a time ───────────────────────────────────────────────────────
 
-    def _began(self, run: _Run) -> None:
-        self._runs.add(run)
-        if self._renewal is None:
-            self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
-
-    def _ended(self, run: _Run) -> None:
-        self._runs.discard(run)
-
     def _renew_all(self) -> None:
         self._renewal = None
-        if self._runs and not self._forced:
-            task = asyncio.get_running_loop().create_task(self._renew(list(self._runs)))
+        if self._at_work.runs and not self._forced:
+            task = asyncio.get_running_loop().create_task(self._renew(list(self._at_work.runs)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
@@ -399,7 +417,7 @@ class ServiceConsumer:
     async def _renew(self, runs: list[_Run]) -> None:
         for run in runs:
             try:
-                if not await self._environment.store.renew(run.key, run.token, LEASE) and run in self._runs:
+                if not await self._environment.store.renew(run.key, run.token, LEASE) and run in self._at_work.runs:
                     self._say_claim_lost(run.work, "the handler is cancelled, another worker has taken over")
                     run.cancel(ClaimedElsewhere(LEASE))
             except StoreError as error:
@@ -407,9 +425,8 @@ class ServiceConsumer:
 
     # ── settling ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _settle(self, work: _Work, outcome: Outcome, attempt: int) -> Part:
-        if type(outcome) is Handled:
-            return "settled"  # as `decide` says; not asked each time
+    async def _settle(self, work: _Work, outcome: Outcome) -> Part:
+        attempt = work.attempt
         policy = work.subscription.retry if work.subscription else self.service.retry
         settlement = decide(outcome, attempt, policy, jitter=self._environment.jitter())
         if isinstance(settlement, Nothing):
@@ -486,9 +503,10 @@ class ServiceConsumer:
 
     # ── saying what happened ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _say_handled(self, envelope: Envelope, subscription: Subscription, attempt: int, took_s: float) -> None:
-        extra = self._facts(envelope, subscription.handler, attempt, outcome="handled", duration_s=round(took_s, 6))
-        log.debug("%s.%s handled %s", self.service.name, subscription.handler, envelope.type, extra=extra)
+    def _say_handled(self, run: _Run, took_s: float) -> None:
+        handler, attempt = run.subscription.handler, run.work.attempt
+        extra = self._facts(run.envelope, handler, attempt, outcome="handled", duration_s=round(took_s, 6))
+        log.debug("%s.%s handled %s", self.service.name, handler, run.envelope.type, extra=extra)
 
     def _say_settled(self, work: _Work, settlement: Again | DeadLetter, attempt: int) -> None:
         if isinstance(settlement, DeadLetter):
@@ -530,7 +548,7 @@ def _part_or_raise(part: Part | BaseException) -> Part:
     return part
 
 
-def _outcome_of_error(error: BaseException, run: _Run, timeout: timedelta) -> Outcome:
+def _outcome_of_error(error: BaseException, run: _Run) -> Outcome:
     if run.is_overdue:
         _current_task().uncancel()
     if run.cancelled_because is not None:  # whatever the handler made of being cancelled
@@ -543,7 +561,7 @@ def _outcome_of_error(error: BaseException, run: _Run, timeout: timedelta) -> Ou
             return Postponed(delay, text_of(error))
         case asyncio.CancelledError() if run.is_overdue and not _current_task().cancelling():
             overdue = TimeoutError().with_traceback(error.__traceback__)
-            return failure_of(overdue, _timed_out(timeout))
+            return failure_of(overdue, _timed_out(run.subscription.timeout))
         case asyncio.CancelledError():
             if _current_task().cancelling():  # by whoever ends the event loop
                 raise error

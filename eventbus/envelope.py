@@ -61,7 +61,7 @@ _NO_EXTENSIONS: Mapping[str, ExtensionValue] = MappingProxyType({})
 _ATTRIBUTE = {PREFIX + name: name for name in ("specversion", "id", "source", "type", "time", "subject", "dataschema")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
 class Envelope:
     """An event's data and what CloudEvents says about it.
 
@@ -75,28 +75,46 @@ class Envelope:
     source: str
     type: str
     time: datetime
-    subject: str | None = None
-    datacontenttype: str | None = JSON
-    dataschema: str | None = None
-    extensions: Mapping[str, ExtensionValue] = field(default_factory=lambda: _NO_EXTENSIONS, hash=False)
-    data: bytes = field(default=b"", repr=False)
+    subject: str | None
+    datacontenttype: str | None
+    dataschema: str | None
+    extensions: Mapping[str, ExtensionValue] = field(hash=False)
+    data: bytes = field(repr=False)
 
-    def __post_init__(self) -> None:
-        _check_text("id", self.id)
-        _check_text("type", self.type)
-        _check_uri_reference("source", self.source)
-        if self.subject is not None:
-            _check_text("subject", self.subject)
-        if self.datacontenttype is not None and self.datacontenttype != JSON:
-            _check_text("datacontenttype", self.datacontenttype)
-        if self.dataschema is not None:
-            _check_uri_reference("dataschema", self.dataschema)
-        if not isinstance(self.data, bytes):
-            _refuse("data", f"is {_kind(self.data)}: give bytes")
-        if (time := _in_utc(self.time)) is not self.time:
-            object.__setattr__(self, "time", time)
-        if self.extensions is not _NO_EXTENSIONS:
-            object.__setattr__(self, "extensions", _checked_extensions(self.extensions))
+    def __init__(
+        self,
+        *,
+        id: str,
+        source: str,
+        type: str,
+        time: datetime,
+        subject: str | None = None,
+        datacontenttype: str | None = JSON,
+        dataschema: str | None = None,
+        extensions: Mapping[str, ExtensionValue] = _NO_EXTENSIONS,
+        data: bytes = b"",
+    ) -> None:
+        _check_text("id", id)
+        _check_text("type", type)
+        _check_uri_reference("source", source)
+        if subject is not None:
+            _check_text("subject", subject)
+        if datacontenttype is not None and datacontenttype != JSON:
+            _check_text("datacontenttype", datacontenttype)
+        if dataschema is not None:
+            _check_uri_reference("dataschema", dataschema)
+        if not isinstance(data, bytes):
+            _refuse("data", f"is {_kind(data)}: give bytes")
+        # What a frozen dataclass does by itself, through the slots' own setters: it is made twice for each event.
+        _set_id(self, id)
+        _set_source(self, source)
+        _set_type(self, type)
+        _set_time(self, _in_utc(time))
+        _set_subject(self, subject)
+        _set_datacontenttype(self, datacontenttype)
+        _set_dataschema(self, dataschema)
+        _set_extensions(self, extensions if extensions is _NO_EXTENSIONS else _checked_extensions(extensions))
+        _set_data(self, data)
 
     def event(self, model: builtins.type[M]) -> M:
         """The data read as *model*.
@@ -150,6 +168,14 @@ class Envelope:
         # The read-only view of the extensions cannot be copied or pickled; the envelope can.
         values = {name: getattr(self, name) for name in self.__slots__}
         return _rebuilt, (type(self), values | {"extensions": dict(self.extensions)})
+
+
+_set_id, _set_source, _set_type, _set_time, _set_subject = (
+    Envelope.__dict__[name].__set__ for name in ("id", "source", "type", "time", "subject")
+)
+_set_datacontenttype, _set_dataschema, _set_extensions, _set_data = (
+    Envelope.__dict__[name].__set__ for name in ("datacontenttype", "dataschema", "extensions", "data")
+)
 
 
 def _cloudevent_data(event: CloudEvent) -> bytes:
@@ -282,9 +308,10 @@ def decode(message: Message, *, received: datetime) -> Envelope:
 def _binary(headers: Mapping[str, object]) -> dict[str, Any]:
     attributes: dict[str, Any] = {}
     others: dict[str, object] = {}
+    attribute_of = _ATTRIBUTE.get
     for header, value in headers.items():
-        if header in _ATTRIBUTE:
-            attributes[_ATTRIBUTE[header]] = value
+        if (name := attribute_of(header)) is not None:
+            attributes[name] = value
         elif header.startswith(PREFIX):
             attributes[header[len(PREFIX) :]] = value
         elif header[:2] in _PREFIX_STARTS:

@@ -117,6 +117,8 @@ class Telemetry:
 
     def join(self, headers: Mapping[str, object]) -> None:
         """Let the running task belong to the trace that the message came with, its log lines included."""
+        if "traceparent" not in headers:
+            return
         parent = _extract(headers, "")
         if parent is not None:
             otel_context.attach(parent)  # for good: the task is this delivery's own

@@ -8,7 +8,7 @@ from eventbus.transport.base import Transport
 
 
 def from_url(
-    url: str | None, *, max_message_bytes: int | None = None, has_lane: bool = False, clock: Clock | None = None
+    url: str | None, *, max_message_bytes: int | None = None, has_lane: bool = True, clock: Clock | None = None
 ) -> Transport:
     """The transport that *url* names.
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tests.servers import BrokerServer
 EVENTS = 150
 FIELDS = [
     "broker", "fault", "published", "confirmed", "handled", "duplicates", "dead_lettered", "destroyed", "lost",
-    "done_twice", "recovery_s", "events", "versions", "started", "seed",
+    "done_twice", "recovery_s", "events", "versions", "started", "seed", "lane",
 ]  # fmt: skip
 RECOVERY_S = 30.0  # a reconnect, on a busy computer; the published ledger is held to less
 
@@ -160,9 +161,19 @@ def test_what_cannot_be_run_is_said_at_once(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_was_broken_off_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+def test_a_run_that_was_broken_off_goes_on_with_what_is_missing_of_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "ledger.json").write_text(
-        '[{"broker": "4.3", "fault": "nothing"}, {"broker": "4.0", "fault": "poison"}]'
+        json.dumps(
+            [
+                {"broker": "4.3", "fault": "nothing", "lane": "on"},
+                {"broker": "4.3", "fault": "worker-killed", "lane": "off"},
+                {"broker": "4.0", "fault": "poison", "lane": "on"},
+            ]
+        )
     )
 
     assert report.faults_of("4.3", tmp_path) == {"nothing"}
+    monkeypatch.setenv("EVENTBUS_LANE", "off")
+    assert report.faults_of("4.3", tmp_path) == {"worker-killed"}

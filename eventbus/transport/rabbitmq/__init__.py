@@ -5,7 +5,7 @@ Imported only where such a URL is used: `import eventbus` loads no driver.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 
 from yarl import URL
@@ -32,7 +32,7 @@ class RabbitMQ:
     """
 
     def __init__(
-        self, url: str, *, max_message_bytes: int | None = None, window: int = 1000, has_lane: bool = False
+        self, url: str, *, max_message_bytes: int | None = None, window: int = 1000, has_lane: bool = True
     ) -> None:
         self._url = _parsed(url)
         self._address = Address.of(self._url)
@@ -66,10 +66,10 @@ class RabbitMQ:
             max_message_bytes=publisher.max_message_bytes,
         )
 
-    async def publish(self, publication: Publication, *, timeout_s: float) -> bool:
+    def publish(self, publication: Publication, *, timeout_s: float) -> Coroutine[None, None, bool]:
         if self._publisher is None:
             raise NotPublished("the transport was never opened", maybe_stored=False)
-        return await self._publisher.publish(publication, timeout_s=timeout_s)
+        return self._publisher.publish(publication, timeout_s=timeout_s)
 
     def obstacle(self) -> str | None:
         return "the transport was never opened" if self._publisher is None else self._publisher.obstacle()

@@ -42,7 +42,7 @@ class Encoded:
     properties: Basic.Properties
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: made for each delivery
 class Incoming:
     """A delivery as the broker sent it."""
 

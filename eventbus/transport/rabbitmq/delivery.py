@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from eventbus.message import Message
@@ -44,13 +43,14 @@ class RabbitDelivery:
         return self._origin.session.is_live
 
     def ack(self) -> None:
-        self._settle(self._origin.ack)
+        if self._settles():
+            self._origin.ack(self)
 
     def reject(self) -> None:
-        self._settle(self._origin.reject)
+        if self._settles():
+            self._origin.reject(self)
 
-    def _settle(self, tell: Callable[[RabbitDelivery], None]) -> None:
-        # A tag that is settled twice would close the channel, and everything on it would come back.
-        if not self._is_settled and self.is_live:
-            self._is_settled = True
-            tell(self)
+    def _settles(self) -> bool:
+        """Whether it may be settled: a tag that is settled twice would close the channel, with everything on it."""
+        is_first, self._is_settled = not self._is_settled, True
+        return is_first and self._origin.session.is_live

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Final
 
 METHOD: Final = 1
@@ -38,7 +39,8 @@ _U32: Final = struct.Struct(">I")
 _I32: Final = struct.Struct(">i")
 _I64: Final = struct.Struct(">q")
 _U64: Final = struct.Struct(">Q")
-_CLASS_AND_SIZE: Final = struct.Struct(">HHQ")
+_HEADER: Final = struct.Struct(">BHIHHQ")  # the frame's own, then class, weight and the body's size
+_LENGTH: Final = tuple(bytes((length,)) for length in range(256))
 _TAG_AND_BITS: Final = struct.Struct(">QB")
 _LEAST_HEADER: Final = 14  # class, weight and size of the body, and the flags of the properties
 
@@ -63,7 +65,8 @@ class Malformed(ValueError):
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+# Made for each event, and so not frozen: to freeze one costs more than to read it.
+@dataclass(slots=True)
 class Table:
     """Headers as values; by name, the bytes (type and value) of those that we would write otherwise."""
 
@@ -241,8 +244,11 @@ def write_plain(headers: Mapping[str, object], foreign: Mapping[str, bytes]) -> 
         if name in foreign:
             parts += (encoded, foreign[name])
         elif type(value) is str:
-            text = value.encode()
-            parts += (encoded, b"S", _U32.pack(len(text)), text)
+            if name in _REPEATED:
+                parts.append(_text_entry(name, value))
+            else:
+                text = value.encode()
+                parts += (encoded, b"S", _U32.pack(len(text)), text)
         elif type(value) is bool:
             parts += (encoded, b"t\x01" if value else b"t\x00")
         elif type(value) is int:
@@ -253,6 +259,18 @@ def write_plain(headers: Mapping[str, object], foreign: Mapping[str, bytes]) -> 
             return None
     table = b"".join(parts)
     return _U32.pack(len(table)) + table
+
+
+# The same for all events of a type that a program sends.
+_REPEATED: Final = frozenset(
+    {"cloudEvents_specversion", "cloudEvents_type", "cloudEvents_source", "cloudEvents_dataschema"}
+)
+
+
+@lru_cache(maxsize=4096)
+def _text_entry(name: str, value: str) -> bytes:
+    text = value.encode()
+    return _encoded_name(name) + b"S" + _U32.pack(len(text)) + text
 
 
 def write_int(value: int) -> bytes:
@@ -302,7 +320,7 @@ def write_short(what: str, text: str) -> bytes:
 # ── content headers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Properties:
     """What a content header holds."""
 
@@ -313,6 +331,9 @@ class Properties:
 
 
 NO_TABLE: Final = Table({}, {})
+_ALL_OTHERS: Final = 0x1FFC
+ONLY_PERSISTENT: Final[dict[str, object]] = {"delivery_mode": 2}  # shared, as it is what nearly all have
+_PERSISTENT_WITH_ID: Final = _FLAGS["delivery_mode"] | _FLAGS["message_id"]  # as ours are
 
 
 def read_properties(data: bytes, at: int, end: int) -> Properties:
@@ -342,7 +363,12 @@ def read_properties(data: bytes, at: int, end: int) -> Properties:
                 raise Malformed("a header table leads beyond its frame")
             table = read_table(data, at + 4, stop)
             at = stop
-        if flags & 0x1FFC:
+        if flags & _ALL_OTHERS == _PERSISTENT_WITH_ID and not others and data[at] == 2:
+            others = ONLY_PERSISTENT
+            stop = at + 2 + data[at + 1]
+            message_id = str(data[at + 2 : stop], "utf-8")
+            at = stop
+        elif flags & _ALL_OTHERS:
             at, message_id = _read_others(data, at, flags, others)
     except (IndexError, struct.error, UnicodeDecodeError) as error:
         raise Malformed(f"properties: {error}") from None
@@ -382,14 +408,13 @@ def write_properties(content_type: str | None, table: bytes, properties: Mapping
     Raises:
         ValueError, TypeError, struct.error: a value does not fit.
     """
+    if not properties:
+        return _before_table(content_type) + table + _PERSISTENT, b""
     flags = _OURS
     parts = [b"", b"", b"", table, _PERSISTENT]
     if content_type:
         flags |= _CONTENT_TYPE
         parts[1] = write_short("the content type", content_type)
-    if not properties:
-        parts[0] = _U16.pack(flags)
-        return b"".join(parts), b""
     tail: list[bytes] = []
     for name in ("content_encoding", *_BEFORE_ID, *_AFTER_ID):
         value = properties.get(name)
@@ -405,6 +430,14 @@ def write_properties(content_type: str | None, table: bytes, properties: Mapping
             tail.append(encoded)
     parts[0] = _U16.pack(flags)
     return b"".join(parts), b"".join(tail)
+
+
+@lru_cache(maxsize=256)
+def _before_table(content_type: str | None) -> bytes:
+    """The flags, and the content type, of what has no other properties than ours."""
+    if not content_type:
+        return _U16.pack(_OURS)
+    return _U16.pack(_OURS | _CONTENT_TYPE) + write_short("the content type", content_type)
 
 
 def _write_property(name: str, value: object) -> bytes:
@@ -440,19 +473,23 @@ def publish_frame(channel: int, exchange: str, key: str) -> bytes:
 
 def content_frames(channel: int, head: bytes, message_id: bytes, tail: bytes, body: bytes, frame_max: int) -> bytes:
     """The header frame and as many body frames as it takes (none for an empty body)."""
-    size = 12 + len(head) + 1 + len(message_id) + len(tail)
-    parts = [
-        _FRAME.pack(HEADER, channel, size), _CLASS_AND_SIZE.pack(60, 0, len(body)), head,
-        bytes((len(message_id),)), message_id, tail, b"\xce",
-    ]  # fmt: skip
-    room = frame_max - OVERHEAD if frame_max else len(body)
-    if len(body) <= room:
-        if body:
-            parts += (_FRAME.pack(BODY, channel, len(body)), body, b"\xce")
-    else:
-        for start in range(0, len(body), room):
-            piece = body[start : start + room]
-            parts += (_FRAME.pack(BODY, channel, len(piece)), piece, b"\xce")
+    length = len(body)
+    size = 13 + len(head) + len(message_id) + len(tail)
+    header = (
+        _HEADER.pack(HEADER, channel, size, 60, 0, length),
+        head,
+        _LENGTH[len(message_id)],
+        message_id,
+        tail,
+        b"\xce",
+    )
+    room = frame_max - OVERHEAD if frame_max else length
+    if 0 < length <= room:
+        return b"".join((*header, _FRAME.pack(BODY, channel, length), body, b"\xce"))
+    parts = [*header]
+    for start in range(0, length, room or 1):
+        piece = body[start : start + room]
+        parts += (_FRAME.pack(BODY, channel, len(piece)), piece, b"\xce")
     return b"".join(parts)
 
 
@@ -497,8 +534,12 @@ def read_deliver(data: bytes, at: int, end: int) -> tuple[int, bool, str, str]:
         raise Malformed(f"basic.deliver: {error}") from None
     if stop != end:
         raise Malformed("a basic.deliver that ends before or behind its frame")
-    exchange, key = data[at + 1 : middle], data[middle + 1 : stop]
-    return tag, bool(bits & 1), str(exchange, "utf-8", "replace"), str(key, "utf-8", "replace")
+    return tag, bits & 1 == 1, *_route(data[at + 1 : middle], data[middle + 1 : stop])
+
+
+@lru_cache(maxsize=1024)  # a queue's deliveries come by few routes
+def _route(exchange: bytes, key: bytes) -> tuple[str, str]:
+    return str(exchange, "utf-8", "replace"), str(key, "utf-8", "replace")
 
 
 def read_body_size(data: bytes, at: int, end: int) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from typing import Final
 from uuid import uuid4
@@ -28,10 +29,11 @@ from eventbus.transport.rabbitmq.session import Calling, Lost, Session
 _METHOD: Final = struct.Struct(">I")
 _MAX_METHODS: Final = 1000  # kept encoded: event types are few, but the delay tree's keys are many
 _NOBODY: Final = (None, 0.0)
+_NOTHING: Final[Mapping[str, object]] = {}
 _ID_BYTES: Final = 33  # a message id with its length
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Encoded:
     """A publication in frames, but for the channel and the message id, which are new each time it is sent."""
 
@@ -57,13 +59,18 @@ def encode(publication: Publication, *, frame_max: int) -> Encoded:
         head, tail = frames.write_properties(message.content_type, table, message.properties)
         if is_delicate or message.properties:
             _check_round_trip(message, head, tail)
-        frames.write_short("the routing key", publication.key)
+        _check_key(publication.key)
     except (TypeError, ValueError, OverflowError, struct.error) as error:
         raise Unpublishable(f"its headers or its key cannot be encoded unchanged: {error}") from error
     size = 12 + len(head) + _ID_BYTES + len(tail)
     if frame_max and size > frame_max - frames.OVERHEAD:
         raise Unpublishable(f"its headers take {size} bytes, and {frame_max - frames.OVERHEAD} fit into one frame")
     return Encoded(publication.exchange, publication.key, message.body, head, tail)
+
+
+@lru_cache(maxsize=4096)
+def _check_key(key: str) -> None:
+    frames.write_short("the routing key", key)
 
 
 def _write_delicate(message: Message) -> bytes:
@@ -104,7 +111,7 @@ class LanePublishing:
         self._returned: set[int] = set()
         self._is_returning = False
         self._returning = 0  # bytes of a returned body that are still to come
-        self._prefix = uuid4().hex[:16]
+        self._prefix = uuid4().hex[:16].encode()
         self._methods: dict[tuple[str, str], bytes] = {}
 
     @classmethod
@@ -134,7 +141,7 @@ class LanePublishing:
         if deadline_s < self._next_look_s:
             self._look_at(deadline_s)
         # Fresh every time: a message that no queue took is known again by it, as its return has no tag.
-        message_id = f"{self._prefix}{self._sent:016x}".encode()
+        message_id = b"%s%016x" % (self._prefix, self._sent)
         self._splitter.write(
             method,
             frames.content_frames(
@@ -191,7 +198,7 @@ class LanePublishing:
             return False
         if kind == frames.HEADER:
             self._returning = frames.read_body_size(data, at, end)
-            message_id = frames.read_message_id(data, at + 12, end)
+            message_id = frames.read_message_id(data, at + 12, end).encode()
             if message_id.startswith(self._prefix):
                 self._returned.add(int(message_id[len(self._prefix) :], 16))
         else:
@@ -346,9 +353,13 @@ class LaneConsuming:
             message = Message({}, body)
         else:
             table, others = properties.table, properties.others
-            kept = {name: others[name] for name in KEPT_PROPERTIES if name in others} if others else {}
+            kept = _NOTHING if others is frames.ONLY_PERSISTENT else _kept(others)
             message = Message(table.values, body, properties.content_type, kept, table.foreign)
         self._deliver(Incoming(tag, exchange, key, is_redelivered, message, properties is not None))
+
+
+def _kept(others: Mapping[str, object]) -> Mapping[str, object]:
+    return {name: others[name] for name in KEPT_PROPERTIES if name in others}
 
 
 async def _never(_message: aiormq.abc.DeliveredMessage) -> None:

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 import aiormq
 
 from eventbus.errors import SetupError
+from eventbus.slots import Slots
 from eventbus.transport.base import NotPublished, Publication, Unpublishable
 from eventbus.transport.rabbitmq.channels import Nacked
 from eventbus.transport.rabbitmq.refusals import Address
@@ -48,7 +49,7 @@ class Publisher:
         self._build = build
         self._address = address
         self._configured_max_bytes = max_message_bytes
-        self._window = asyncio.Semaphore(window)
+        self._window = Slots(window)
         self._backoff = Backoff()
         self._current: tuple[Session, Sending] | None = None
         self._changed = asyncio.Event()  # set when there is a session, or a reason to wait for none
@@ -107,12 +108,12 @@ class Publisher:
         encoded = self._encode(publication)
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
-            # A timer for each publish would cost as much as the publish: only who really waits here has one.
-            await (_within(deadline_s, self._window.acquire()) if self._window.locked() else self._window.acquire())
+            if not self._window.take():
+                await _within(deadline_s, self._window.wait())
             try:
                 return await self._until_confirmed(encoded, progress, deadline_s)
             finally:
-                self._window.release()
+                self._window.give()
         except TimeoutError:
             raise NotPublished(
                 f"not confirmed within {timeout_s:g} s: {self._blockage() or progress.trouble}",
@@ -137,11 +138,14 @@ class Publisher:
             if current is None:
                 current = await _within(deadline_s, self._next_session(progress))
             session, channel = current
+            sent_before, mine = progress.maybe_stored, None
             try:
                 if session.is_full:
                     progress.trouble = "the broker takes nothing in (is it under a memory or disk alarm?)"
                     await _within(deadline_s, session.writable())
-                return await self._send(channel, encoded, progress, deadline_s)
+                mine = self._sent_to[encoded.exchange] = self._sent_to[encoded.exchange] + 1
+                progress.maybe_stored, progress.trouble = True, "no confirm came"
+                return await channel.publish(encoded, deadline_s)
             except Nacked:
                 # Another queue may have stored it: a nack says only that one did not.
                 progress.trouble = "a queue refuses it (it is full, or lost its majority)"
@@ -153,23 +157,13 @@ class Publisher:
                     session.fail(Nacked(f"a queue has refused publishes for {REFUSED_S:g} s"))
                 await _within(deadline_s, asyncio.sleep(backoff.next_s()))
             except Lost as lost:
+                if mine is not None and _is_about(lost.reason, encoded):
+                    # The broker refuses the first one that it may not take, and ignores what follows on that channel.
+                    # So the last one sent there was certainly not stored; those before it may have been.
+                    progress.maybe_stored = sent_before or self._sent_to[encoded.exchange] != mine
+                    self._judge(lost.reason, encoded, progress)
                 progress.trouble = f"the connection was lost ({lost})"
                 session.fail(lost.reason)
-
-    async def _send(self, channel: Sending, encoded: Encoded, progress: _Progress, deadline_s: float) -> bool:
-        before = progress.maybe_stored
-        self._sent_to[encoded.exchange] += 1
-        mine = self._sent_to[encoded.exchange]
-        progress.maybe_stored, progress.trouble = True, "no confirm came"
-        try:
-            return await channel.publish(encoded, deadline_s)
-        except Lost as lost:
-            if _is_about(lost.reason, encoded):
-                # The broker refuses the first one that it may not take, and ignores what follows on that channel. So
-                # the last one sent there was certainly not stored; those before it may have been.
-                progress.maybe_stored = before or self._sent_to[encoded.exchange] != mine
-                self._judge(lost.reason, encoded, progress)
-            raise
 
     def _judge(self, reason: BaseException | None, encoded: Encoded, progress: _Progress) -> None:
         """Raise if trying again is no use."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from eventbus.transport.rabbitmq import frames
@@ -17,6 +18,7 @@ from eventbus.transport.rabbitmq import frames
 _FRAME: Final = struct.Struct(">BHI")
 _HEARTBEAT: Final = 8
 _MAX_GREETING: Final = 2**20  # no frame of a handshake is bigger
+_READ_BYTES: Final = 32 * 1024
 _UNBOUNDED: Final = 2**32
 
 
@@ -45,6 +47,10 @@ class Splitter:
         self._beat_s = 0.0
         self._beaten_s = self._loop.time()
         self._out: list[bytes] = []
+        # asyncio's own loop reads so much at a time (others, and TLS, do as they like). With little, what was read
+        # is handled and acknowledged while the broker sends more; with much, broker and worker wait for one another.
+        with suppress(AttributeError):
+            self._transport.max_size = _READ_BYTES  # type: ignore[attr-defined]  # not in its stub
         # From the first byte on, or we would not know where a frame begins.
         reader.feed_data = self.feed  # type: ignore[method-assign, assignment]
 

@@ -12,8 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eventbus.settings import Settings
+
 ANSWER_S = 60.0
 LOOK_AGAIN_S = 0.1
+
+
+def lane() -> str:
+    """Which way events take in every program: the caller's EVENTBUS_LANE, as the bus itself reads it."""
+    return Settings.load().lane
 
 
 def end_with_parent() -> None:
@@ -42,6 +49,7 @@ class Program:
         self.lives += 1
         self.is_wanted = True
         ours = {name: value for name, value in os.environ.items() if not name.startswith("EVENTBUS_")}
+        ours["EVENTBUS_LANE"] = lane()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", self.module, *self.arguments],

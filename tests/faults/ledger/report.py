@@ -8,8 +8,11 @@ from pathlib import Path
 
 from tests.faults.ledger.cells import CELLS
 from tests.faults.ledger.known import known_bugs
+from tests.faults.ledger.processes import lane
 from tests.faults.ledger.run import Result
 
+IDENTITY = ("broker", "lane", "fault")
+ON = "on"
 COLUMNS = ("fault", "events", "published", "confirmed", "handled", "duplicates", "dead_lettered", "destroyed", "lost",
            "done_twice", "recovery_s")  # fmt: skip
 LATENESS = ("broker", "what", "messages", "due_within_s", "earliest_s", "p50_s", "p99_s", "max_s", "early", "missing",
@@ -18,7 +21,8 @@ INTRODUCTION = """\
 # The ledger
 
 Real publishers and workers against real brokers, one thing broken at a time while events flow, and every event counted.
-Written by `make ledger`; one cell again: `make ledger CELL=worker-killed BROKER=4.3 EVENTS=1000`.
+Written by `make ledger`; one cell again: `make ledger CELL=worker-killed BROKER=4.3 EVENTS=1000`; with events on the
+client's way instead of the lane: `EVENTBUS_LANE=off make ledger`.
 
 * **handled**: events whose effect is there for every service. **lost**: confirmed, and no effect, no dead letter, and
   not destroyed. **destroyed**: was in a queue that was deleted, or published while that was absent; anything else that
@@ -66,6 +70,7 @@ def as_json(result: Result) -> dict[str, object]:
         "versions": result.versions,
         "started": result.started,
         "seed": result.seed,
+        "lane": lane(),
     }
 
 
@@ -73,10 +78,14 @@ def write(result: Result, folder: Path) -> None:
     """Write both files into *folder* with *result* in them. The other cells keep the figures that they had."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "ledger.json"
-    cells = {(str(cell["broker"]), str(cell["fault"])): cell for cell in [*_known(file), as_json(result)]}
+    cells = {tuple(str(cell[name]) for name in IDENTITY): cell for cell in [*_known(file), as_json(result)]}
     order = {name: place for place, name in enumerate(CELLS)}
-    ordered = [cells[which] for which in sorted(cells, key=lambda which: (which[0], order.get(which[1], len(order))))]
-    file.write_text(json.dumps(ordered, indent=1) + "\n")
+
+    def place(which: tuple[str, ...]) -> tuple[object, ...]:
+        broker, lane_, fault = which
+        return broker, lane_ != ON, order.get(fault, len(order))
+
+    file.write_text(json.dumps([cells[which] for which in sorted(cells, key=place)], indent=1) + "\n")
     _tell(folder)
 
 
@@ -89,8 +98,9 @@ def write_lateness(rows: Iterable[dict[str, object]], folder: Path) -> None:
 
 
 def faults_of(line: str, folder: Path) -> set[str]:
-    """The cells of the broker *line* that are in *folder*'s ledger."""
-    return {str(cell["fault"]) for cell in _known(folder / "ledger.json") if cell["broker"] == line}
+    """The cells of the broker *line*, and of the way that events take now, that are in *folder*'s ledger."""
+    known = _known(folder / "ledger.json")
+    return {str(cell["fault"]) for cell in known if (cell["broker"], cell["lane"]) == (line, lane())}
 
 
 def _tell(folder: Path) -> None:
@@ -105,9 +115,9 @@ def _known(file: Path) -> list[dict[str, object]]:
 def as_markdown(cells: Sequence[dict[str, object]], lateness: Sequence[dict[str, object]] = ()) -> str:
     """One table per broker line, and one for the delay tree."""
     parts = [INTRODUCTION]
-    for line in dict.fromkeys(str(cell["broker"]) for cell in cells):
-        of_line = [cell for cell in cells if cell["broker"] == line]
-        parts += [f"\n## RabbitMQ {line}\n", *_table(of_line)]
+    for line, way in dict.fromkeys((str(cell["broker"]), str(cell["lane"])) for cell in cells):
+        of_line = [cell for cell in cells if (cell["broker"], cell["lane"]) == (line, way)]
+        parts += [f"\n## RabbitMQ {line}{'' if way == ON else f', EVENTBUS_LANE={way}'}\n", *_table(of_line)]
         parts.append(_origin(of_line))
     if lateness:
         parts += [LATENESS_INTRODUCTION, *_lateness_table(lateness), _origin(lateness)]
