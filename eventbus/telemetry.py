@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ log = logging.getLogger("eventbus")
 # The conventions' own boundaries, in seconds.
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 INVALID_ENVELOPE = "invalid-envelope"  # as dead letters call it
+_MOST_KNOWN = 10_000
 _ORIGIN_PREFIX = "cloudEvents_"
 _propagator = TraceContextTextMapPropagator()
 
@@ -66,7 +67,10 @@ class Telemetry:
             self._common["server.port"] = broker.port
         self._traces = not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
         # Otherwise whatever is measured goes nowhere, and measuring costs as much as publishing.
-        self.is_recording = self._traces or not _is_of_the_api(metrics.get_meter_provider())
+        self._measures = not _is_of_the_api(metrics.get_meter_provider())
+        self.is_recording = self._traces or self._measures
+        # Of each event type: the same every time, and to put them together costs as much as to record them.
+        self._known: dict[tuple[str, str], Attributes] = {}
         self._tracer = trace.get_tracer("eventbus")
         meter = metrics.get_meter("eventbus")
         self._send_duration = meter.create_histogram(
@@ -84,36 +88,34 @@ class Telemetry:
     @contextmanager
     def send(self, envelope: Envelope, headers: dict[str, object]) -> Iterator[None]:
         """Measure one publish, and write its trace context into *headers*."""
-        destination = f"{self._names.events}:{envelope.type}"
-        attributes = self._attributes("send", destination)
-        began = time.perf_counter()
+        attributes = self._attributes("send", f"{self._names.events}:{envelope.type}")
+        span: trace.Span = trace.INVALID_SPAN
+        if self._traces:
+            span = self._tracer.start_span(
+                f"send {attributes['messaging.destination.name']}",
+                kind=trace.SpanKind.PRODUCER,
+                attributes=attributes
+                | {
+                    "messaging.operation.type": "send",
+                    "messaging.message.id": envelope.id,
+                    "messaging.rabbitmq.destination.routing_key": envelope.type,
+                    "messaging.message.body.size": len(envelope.data),
+                },
+            )
+        began_s = time.perf_counter()
         error_type: str | None = None
         try:
-            if self._traces:
-                with self._tracer.start_as_current_span(
-                    f"send {destination}",
-                    kind=trace.SpanKind.PRODUCER,
-                    attributes=attributes
-                    | {
-                        "messaging.operation.type": "send",
-                        "messaging.message.id": envelope.id,
-                        "messaging.rabbitmq.destination.routing_key": envelope.type,
-                        "messaging.message.body.size": len(envelope.data),
-                    },
-                ):
-                    inject(headers)
-                    yield
-            else:
+            with self._current(span):
                 inject(headers)
                 yield
         except BaseException as error:
             error_type = type(error).__name__
             raise
         finally:
-            if error_type is not None:
-                attributes["error.type"] = error_type
-            self._send_duration.record(time.perf_counter() - began, attributes)
-            self._sent.add(1, attributes)
+            if self._measures:
+                measured = attributes if error_type is None else attributes | {"error.type": error_type}
+                self._send_duration.record(time.perf_counter() - began_s, measured)
+                self._sent.add(1, measured)
 
     def join(self, headers: Mapping[str, object]) -> None:
         """Let the running task belong to the trace that the message came with, its log lines included."""
@@ -130,52 +132,57 @@ class Telemetry:
         """Measure one attempt of one handler."""
         processing = Processing()
         attributes = self._attributes("process", f"{self._names.events}:{envelope.type}:{queue}")
-        began = time.perf_counter()
+        span: trace.Span = trace.INVALID_SPAN
+        if self._traces:
+            span = self._process_span(envelope, headers, attributes, handler=handler, attempt=attempt)
+        began_s = time.perf_counter()
         try:
-            if self._traces:
-                yield from self._process_span(processing, envelope, headers, attributes, (handler, attempt))
-            else:
+            with self._current(span):
                 yield processing
+                if processing.error_type is not None:
+                    span.set_status(trace.Status(trace.StatusCode.ERROR, processing.error_type))
+                    span.set_attribute("error.type", processing.error_type)
         finally:
-            if processing.error_type is not None:
-                attributes["error.type"] = processing.error_type
-            self._process_duration.record(time.perf_counter() - began, attributes)
+            if self._measures:
+                error_type = processing.error_type
+                measured = attributes if error_type is None else attributes | {"error.type": error_type}
+                self._process_duration.record(time.perf_counter() - began_s, measured)
 
     def _process_span(
         self,
-        processing: Processing,
         envelope: Envelope,
         headers: Mapping[str, object],
-        attributes: Attributes,
-        run: tuple[str, int],
-    ) -> Iterator[Processing]:
-        handler, attempt = run
+        attributes: Mapping[str, str | int],
+        *,
+        handler: str,
+        attempt: int,
+    ) -> trace.Span:
         links: list[trace.Link] = []
         if attempt > 1 and (origin := _extract(headers, _ORIGIN_PREFIX)) is not None:
             links.append(trace.Link(trace.get_current_span(origin).get_span_context()))
-        correlation = envelope.extensions.get("correlationid")
-        with self._tracer.start_as_current_span(
+        more: Attributes = {
+            "messaging.operation.type": "process",
+            "messaging.message.id": envelope.id,
+            "messaging.rabbitmq.destination.routing_key": envelope.type,
+            "eventbus.handler": handler,
+            "eventbus.attempt": attempt,
+        }
+        if (correlation := envelope.extensions.get("correlationid")) is not None:
+            more["messaging.message.conversation_id"] = str(correlation)
+        return self._tracer.start_span(
             f"process {attributes['messaging.destination.name']}",
             kind=trace.SpanKind.CONSUMER,
             links=links,
-            attributes=attributes
-            | {
-                "messaging.operation.type": "process",
-                "messaging.message.id": envelope.id,
-                "messaging.rabbitmq.destination.routing_key": envelope.type,
-                "eventbus.handler": handler,
-                "eventbus.attempt": attempt,
-            }
-            | ({"messaging.message.conversation_id": str(correlation)} if correlation is not None else {}),
-        ) as span:
-            yield processing
-            if processing.error_type is not None:
-                span.set_status(trace.Status(trace.StatusCode.ERROR, processing.error_type))
-                span.set_attribute("error.type", processing.error_type)
+            attributes={**attributes, **more},
+        )
+
+    def _current(self, span: trace.Span) -> AbstractContextManager[object]:
+        """*span* as the current one of the block, which ends it. Where nothing is traced the caller's stays."""
+        return trace.use_span(span, end_on_exit=True) if self._traces else nullcontext()
 
     def consumed(self, type_: str | None, queue: str) -> None:
         """Count one delivery; *type_* is None where it is no event."""
-        if not self.is_recording:
+        if not self._measures:
             return
         if type_ is None:
             # Without its key, which may be anything at all: each would be a time series of its own, for ever.
@@ -189,7 +196,13 @@ class Telemetry:
         self._unroutable.add(1, {"messaging.destination.name": f"{self._names.events}:{type_}"})
 
     def _attributes(self, operation: str, destination: str) -> Attributes:
-        return self._common | {"messaging.operation.name": operation, "messaging.destination.name": destination}
+        """Of a destination. Nobody may change them."""
+        known = self._known.get((operation, destination))
+        if known is None:
+            known = self._common | {"messaging.operation.name": operation, "messaging.destination.name": destination}
+            if len(self._known) < _MOST_KNOWN:  # foreign senders may use any number of types
+                self._known[operation, destination] = known
+        return known
 
 
 def _is_of_the_api(provider: metrics.MeterProvider) -> bool:

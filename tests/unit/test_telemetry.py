@@ -98,6 +98,7 @@ def sdk(monkeypatch: pytest.MonkeyPatch) -> Sdk:
     sdk = Sdk()
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: sdk.traces)
     monkeypatch.setattr(trace, "get_tracer", sdk.traces.get_tracer)
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: sdk.meters)
     monkeypatch.setattr(metrics, "get_meter", sdk.meters.get_meter)
     return sdk
 
