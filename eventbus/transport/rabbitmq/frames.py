@@ -75,15 +75,17 @@ class Table:
 
 
 def read_table(data: bytes, at: int, end: int) -> Table:
-    """The table whose entries are `data[at:end]`; of a name that comes twice, the last.
+    """The table whose entries are `data[at:end]`; of a name that comes twice, the last value, and all bytes.
 
     Raises:
         Malformed: they are none.
     """
     values: dict[str, object] = {}
     foreign: dict[str, bytes] = {}
+    begin, entries = at, 0
     try:
         while at < end:
+            entries += 1
             size = data[at]
             name = str(data[at + 1 : (at := at + 1 + size)], "utf-8")
             kind = data[at]
@@ -109,7 +111,23 @@ def read_table(data: bytes, at: int, end: int) -> Table:
         raise Malformed(f"a header table: {error}") from None
     if at != end:
         raise Malformed("a header table: an entry leads beyond its end")
+    if entries != len(values):
+        foreign |= _repeated(data, begin, end)
     return Table(values, foreign)
+
+
+def _repeated(data: bytes, at: int, end: int) -> dict[str, bytes]:
+    """Of a table that is read already, the values of names that come more than once, with their names in between.
+
+    Written behind the name, they are all there again; only the place among the other names is the first one's.
+    """
+    found: dict[bytes, list[bytes]] = {}
+    while at < end:
+        begin, at = at, at + 1 + data[at]
+        _, stop = _read_value(data, at, end, 0)
+        found.setdefault(data[begin:at], []).append(data[at:stop])
+        at = stop
+    return {str(name[1:], "utf-8"): name.join(values) for name, values in found.items() if len(values) > 1}
 
 
 def _read_value(data: bytes, at: int, end: int, depth: int) -> tuple[object, int]:

@@ -171,8 +171,8 @@ def test_a_table_is_written_again_byte_for_byte(entries: bytes) -> None:
     assert frames.write_plain(table.values, table.foreign) == sized(entries)
 
 
-def test_of_a_name_that_comes_twice_the_last_is_written_again() -> None:
-    """And in the first one's place: this alone is not the original to the byte."""
+def test_of_a_name_that_comes_twice_the_last_is_read_and_both_are_written_again() -> None:
+    """Behind the first one's place: this alone is not the original to the byte."""
     first, last = b"S" + sized(b"\xff"), b"d" + bytes(8)
     for one, other in ((first, last), (last, b"S" + sized(b"text")), (last, b"t\x01"), (b"b\x01", first)):
         entries = named("a") + one + named("b") + b"V" + named("a") + other
@@ -181,7 +181,7 @@ def test_of_a_name_that_comes_twice_the_last_is_written_again() -> None:
 
         assert same(table.values, decode.field_table(sized(entries))[1])
         written = frames.write_plain(table.values, table.foreign)
-        assert written == sized(named("a") + other + named("b") + b"V")
+        assert written == sized(named("a") + one + named("a") + other + named("b") + b"V")
 
 
 def test_a_table_is_read_from_the_midst_of_other_bytes() -> None:
