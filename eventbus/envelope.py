@@ -261,16 +261,17 @@ def headers_of(envelope: Envelope) -> dict[str, object]:
             "itself: publish the event inside, or call its data application/json"
         )
     headers: dict[str, object] = {
+        # First what is the same for all events of a type: who reads many compares it instead of reading it.
         "cloudEvents_specversion": SPECVERSION,
-        "cloudEvents_id": envelope.id,
         "cloudEvents_source": envelope.source,
         "cloudEvents_type": envelope.type,
-        "cloudEvents_time": _rfc_3339(envelope.time),
     }
-    if envelope.subject is not None:
-        headers["cloudEvents_subject"] = envelope.subject
     if envelope.dataschema is not None:
         headers["cloudEvents_dataschema"] = envelope.dataschema
+    headers["cloudEvents_id"] = envelope.id
+    headers["cloudEvents_time"] = _rfc_3339(envelope.time)
+    if envelope.subject is not None:
+        headers["cloudEvents_subject"] = envelope.subject
     for name, value in envelope.extensions.items():
         headers[PREFIX + name] = value
     return headers

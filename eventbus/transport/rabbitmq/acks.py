@@ -32,29 +32,44 @@ class AckBatch:
 
     def __init__(self) -> None:
         self._lowest_open = 1
-        self._settled: set[int] = set()
-        self._acks: list[int] = []
+        self._prefix = 0  # how many of the contiguous prefix are to be acked, ...
+        self._last = 0  # ... and the last of them: the broker must still know the tag that it is given
+        self._behind: set[int] = set()  # settled, behind a gap
+        self._acks: list[int] = []  # of those
         self._rejects: list[int] = []
 
     def ack(self, tag: int) -> None:
-        self._settled.add(tag)
-        self._acks.append(tag)
+        if tag == self._lowest_open:
+            self._prefix += 1
+            self._last = tag
+            self._close_gap()
+        else:
+            self._behind.add(tag)
+            self._acks.append(tag)
 
     def reject(self, tag: int) -> None:
-        self._settled.add(tag)
         self._rejects.append(tag)
+        if tag == self._lowest_open:
+            self._close_gap()
+        else:
+            self._behind.add(tag)
+
+    def _close_gap(self) -> None:
+        self._lowest_open += 1
+        while self._behind and self._lowest_open in self._behind:
+            self._behind.remove(self._lowest_open)
+            self._lowest_open += 1
 
     def take(self) -> list[Settlement]:
         """What to send now, in this order."""
-        while self._lowest_open in self._settled:
-            self._settled.remove(self._lowest_open)
-            self._lowest_open += 1
+        if self._acks:
+            closed = [tag for tag in self._acks if tag < self._lowest_open]
+            self._prefix += len(closed)
+            self._last = max([self._last, *closed])
         # Rejects first: a `multiple` ack that overtook one would ack it, and the dead letter would be lost.
         batch: list[Settlement] = [Reject(tag) for tag in self._rejects]
-        prefix = [tag for tag in self._acks if tag < self._lowest_open]
-        if prefix:
-            # The broker must still know the tag that it is given, so it is one of these, not merely the prefix's end.
-            batch.append(Ack(max(prefix), is_multiple=len(prefix) > 1))
+        if self._prefix:
+            batch.append(Ack(self._last, is_multiple=self._prefix > 1))
         batch += [Ack(tag) for tag in self._acks if tag > self._lowest_open]
-        self._acks, self._rejects = [], []
+        self._prefix, self._acks, self._rejects = 0, [], []
         return batch

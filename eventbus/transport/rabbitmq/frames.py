@@ -74,22 +74,67 @@ class Table:
     foreign: dict[str, bytes]
 
 
+_TEXT: Final = 0x53  # S, which most are
+
+
 def read_table(data: bytes, at: int, end: int) -> Table:
     """The table whose entries are `data[at:end]`; of a name that comes twice, the last value, and all bytes.
 
     Raises:
         Malformed: they are none.
     """
-    values: dict[str, object] = {}
+    return _read_behind(0, data, at, end, {})
+
+
+class TableReader:
+    """Reads the tables of one channel, as `read_table`.
+
+    Most begin like the one before, as events of one type from one sender do: that part is compared, not read.
+    """
+
+    __slots__ = ("_before", "_head", "_values")
+
+    def __init__(self) -> None:
+        self._before = b""  # the last table that began otherwise
+        self._head = b""  # whole entries
+        self._values: dict[str, object] = {}  # of those
+
+    def read(self, data: bytes, at: int, end: int) -> Table:
+        """As `read_table`."""
+        head = self._head
+        if head and data.startswith(head, at) and at + len(head) <= end:
+            return _read_behind(len(head), data, at, end, self._values.copy())
+        table = _read_behind(0, data, at, end, {})
+        before, self._before = self._before, data[at:end]
+        self._head, self._values = _common(before, self._before)
+        return table
+
+
+def _common(one: bytes, other: bytes) -> tuple[bytes, dict[str, object]]:
+    """The entries that both tables begin with, as far as they are plain texts."""
+    at, values = 0, dict[str, object]()
+    while at < len(other):
+        begin, at = at, at + 1 + other[at]
+        _, stop = _read_value(other, at, len(other), 0)
+        name, value = other[begin + 1 : at], other[at + 5 : stop]
+        if other[at] != _TEXT or one[begin:stop] != other[begin:stop] or not (name + value).isascii():
+            return other[:begin], values
+        values[str(name, "ascii")] = str(value, "ascii")
+        at = stop
+    return other, values
+
+
+def _read_behind(head: int, data: bytes, begin: int, end: int, values: dict[str, object]) -> Table:
+    """As `read_table`, where the first *head* bytes of the table are known to be *values*."""
     foreign: dict[str, bytes] = {}
-    begin, entries = at, 0
+    at, entries = begin + head, len(values)
     try:
         while at < end:
             entries += 1
             size = data[at]
             name = str(data[at + 1 : (at := at + 1 + size)], "utf-8")
             kind = data[at]
-            if kind == 0x53:  # S, which most are
+            if kind == _TEXT:
                 (size,) = _U32.unpack_from(data, at + 1)
                 stop = at + 5 + size
                 raw = data[at + 5 : stop]
@@ -354,7 +399,9 @@ ONLY_PERSISTENT: Final[dict[str, object]] = {"delivery_mode": 2}  # shared, as i
 _PERSISTENT_WITH_ID: Final = _FLAGS["delivery_mode"] | _FLAGS["message_id"]  # as ours are
 
 
-def read_properties(data: bytes, at: int, end: int) -> Properties:
+def read_properties(
+    data: bytes, at: int, end: int, read_table: Callable[[bytes, int, int], Table] = read_table
+) -> Properties:
     """The properties that begin with their flags at *at*.
 
     Raises:

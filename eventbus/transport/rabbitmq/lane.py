@@ -244,6 +244,7 @@ class LaneConsuming:
         self._begun: tuple[int, bool, str, str] | None = None
         self._message: Message | None = None
         self._properties: frames.Properties | None = None
+        self._read_table = frames.TableReader().read
         self._missing = -1  # of the body; before the header came, nobody knows
         self._parts: list[bytes] = []
 
@@ -326,7 +327,7 @@ class LaneConsuming:
                 raise frames.Malformed("a delivery with two headers")
             self._missing = frames.read_body_size(data, at, end)
             try:
-                self._properties = frames.read_properties(data, at + 12, end)
+                self._properties = frames.read_properties(data, at + 12, end, self._read_table)
             except frames.Malformed:
                 self._properties = None
             if not self._missing:

@@ -171,6 +171,32 @@ def test_a_table_is_written_again_byte_for_byte(entries: bytes) -> None:
     assert frames.write_plain(table.values, table.foreign) == sized(entries)
 
 
+@given(st.lists(st.tuples(raw_entries(raw_values(SCALARS | ODD)), raw_entries(raw_values(SCALARS | ODD))), min_size=1))
+@example([(named("a") + b"S" + sized(b"1"), b""), (named("a") + b"S" + sized(b"1"), named("a") + b"S" + sized(b"2"))])
+@example([(named("a") + b"S" + sized(b"\xff"), b""), (named("a") + b"S" + sized(b"\xff"), b"")])
+def test_tables_that_begin_like_the_one_before_are_read_as_if_alone(tables: list[tuple[bytes, bytes]]) -> None:
+    reader = frames.TableReader()
+    for begin, end in tables:
+        for entries in (begin + end, begin, begin + end, end + begin):
+            alone = frames.read_table(entries, 0, len(entries))
+            read = reader.read(b"before" + entries + b"behind", 6, 6 + len(entries))
+            assert same(read.values, alone.values)
+            assert list(read.values) == list(alone.values)
+            assert read.foreign == alone.foreign
+            read.values.clear()  # is the caller's
+
+
+def test_a_table_that_ends_within_what_the_one_before_began_with_is_read_to_its_own_end() -> None:
+    reader = frames.TableReader()
+    one, other = named("a") + b"S" + sized(b"1"), named("b") + b"S" + sized(b"2")
+    for _ in range(3):
+        assert reader.read(one + other, 0, len(one + other)).values == {"a": "1", "b": "2"}
+
+    assert reader.read(one + other, 0, len(one)).values == {"a": "1"}
+    with pytest.raises(frames.Malformed):
+        reader.read(one + other, 0, len(one + other) - 1)
+
+
 def test_of_a_name_that_comes_twice_the_last_is_read_and_both_are_written_again() -> None:
     """Behind the first one's place: this alone is not the original to the byte."""
     first, last = b"S" + sized(b"\xff"), b"d" + bytes(8)
