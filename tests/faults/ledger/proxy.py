@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -22,11 +23,12 @@ class _Link:
 
 @dataclass
 class Proxy:
-    """Forwards a port of its own to *host*:*port*; an async context manager."""
+    """Forwards a port of its own to *host*:*port*; an async context manager. With *tls* its clients speak TLS to it."""
 
     host: str
     port: int
     own_port: int = 0
+    tls: ssl.SSLContext | None = None
     _links: set[_Link] = field(default_factory=set)
     _flows: dict[Direction, asyncio.Event] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -35,7 +37,7 @@ class Proxy:
         for direction in DIRECTIONS:
             self._flows[direction] = asyncio.Event()
             self._flows[direction].set()
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.own_port)
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.own_port, ssl=self.tls)
         self.own_port = self._server.sockets[0].getsockname()[1]
         return self
 
