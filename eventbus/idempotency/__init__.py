@@ -8,7 +8,7 @@ from eventbus.idempotency.base import IdempotencyStore
 from eventbus.idempotency.memory import MemoryStore
 from eventbus.idempotency.shared import Keeper, SharedStore
 
-__all__ = ["IdempotencyStore", "MemoryStore", "SharedStore", "from_url", "keeper_of"]
+__all__ = ["IdempotencyStore", "Keeper", "MemoryStore", "SharedStore", "from_url", "keeper_of"]
 
 
 def from_url(url: str, *, clock: Clock | None = None) -> IdempotencyStore:

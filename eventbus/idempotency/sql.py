@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NoReturn  # Any: what asyncpg takes for parameters
 
 from sqlalchemy import text
@@ -230,4 +231,4 @@ class PostgreSQLKeeper:
 
 def _columns(rows: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
     """*rows*, in the order of their keys, as one array a column."""
-    return [list(column) for column in zip(*sorted(rows), strict=True)]
+    return [list(column) for column in zip(*sorted(rows, key=itemgetter(0)), strict=True)]
