@@ -8,6 +8,7 @@
     own_broker_of_every_line
     sqlite_url, postgresql_url  an empty database, without tables
     redis_url               an empty Redis
+    shared_store_url        one test for each idempotency store that workers can share: empty, with its tables
     own_store               gives a `postgresql` or `redis` that the test may kill
 
 Virtual hosts, databases and own servers are cleared up, or started again, after each test.
@@ -23,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.servers import LINES, Brokers, BrokerServer, find_lines, find_own_lines, lines_to_test
-from tests.stores import Stores, StoreServer
+from tests.stores import Stores, StoreServer, apart, make_tables
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("eventbus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,6 +34,7 @@ BROKERS = pytest.StashKey[Brokers]()
 STORES = pytest.StashKey[Stores]()
 STARTED = pytest.StashKey[set[tuple[str, str]]]()  # line and origin of each broker that this report is about
 REMARKS = pytest.StashKey[dict[str, None]]()  # lines for the end of the report, each once, as they come
+SHARED_STORES = ("sqlite", "postgresql", "redis")
 EVERY_LINE = {"every_line": find_lines, "own_broker_of_every_line": find_own_lines}
 
 
@@ -163,6 +165,14 @@ def postgresql_url(stores: Stores) -> Iterator[str]:
 def redis_url(stores: Stores) -> str:
     """The URL of an empty database of a Redis."""
     return stores.shared("redis").new_url()
+
+
+@pytest.fixture(params=SHARED_STORES)
+def shared_store_url(request: pytest.FixtureRequest) -> str:
+    """The URL of each shared idempotency store, one after the other: empty, with its tables."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    apart(make_tables(url))
+    return url
 
 
 @pytest.fixture

@@ -26,13 +26,16 @@ import urllib.parse
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol  # Any: what a coroutine is sent, which nobody does
 
 import asyncpg
+from sqlalchemy import update
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 
+from eventbus.database import KEYS, create, open_engine
 from eventbus.errors import hide_password
 from tests.engines import (
     CTL_S,
@@ -372,6 +375,51 @@ def apart(talk: Coroutine[Any, Any, object]) -> None:
     """Run *talk* to its end in a loop and a thread of its own, whether or not a loop runs here."""
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, talk).result()
+
+
+# ── what is in one ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_OLDER = """
+for _, key in ipairs(redis.call('KEYS', 'eventbus:*')) do
+    local value, left = redis.call('GET', key), redis.call('PTTL', key) - ARGV[1]
+    if left <= 0 then
+        redis.call('DEL', key)
+    else
+        value = string.gsub(value, '^%d+', function(ends) return string.format('%.0f', ends - ARGV[1]) end)
+        redis.call('SET', key, value, 'PX', string.format('%.0f', left))
+    end
+end
+"""
+
+
+async def make_tables(url: str) -> None:
+    """Make the bus's tables in the database at *url*; a Redis needs none."""
+    if not url.startswith("redis"):
+        engine = open_engine(url)
+        try:
+            await create(engine)
+        finally:
+            await engine.dispose()
+
+
+async def let_pass(url: str, by: timedelta) -> None:
+    """Make time pass in the idempotency store at *url*: whatever ends in it ends *by* sooner.
+
+    A lease of half a minute, and a week that a success is remembered, need not be waited for.
+    """
+    by_ms = by // timedelta(milliseconds=1)
+    if url.startswith("redis"):
+        from redis.asyncio import Redis
+
+        async with Redis.from_url(url) as redis:
+            await redis.eval(_OLDER, 0, str(by_ms))
+        return
+    engine = open_engine(url)
+    try:
+        async with engine.begin() as connection:
+            await connection.execute(update(KEYS).values(expires_ms=KEYS.c.expires_ms - by_ms))
+    finally:
+        await engine.dispose()
 
 
 # ── finding them ──────────────────────────────────────────────────────────────────────────────────────────────────────
