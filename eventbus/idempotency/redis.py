@@ -112,7 +112,7 @@ class RedisKeeper:
 
     async def open(self) -> Sequence[str]:
         try:
-            server = await self._redis.info("server", "memory", "persistence", "replication", "cluster")
+            server = await self._redis.info()
             self._script = await self._redis.script_load(_SCRIPT)
         except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
             raise SetupError(
