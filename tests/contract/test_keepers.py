@@ -15,7 +15,7 @@ from sqlalchemy import func, select
 
 from eventbus.database import KEYS, open_engine
 from eventbus.errors import SetupError, StoreError
-from eventbus.idempotency import Keeper, SharedStore, keeper_of
+from eventbus.idempotency import Keeper, SharedStore, keeper_of, shared_store
 from eventbus.idempotency.base import KEEP_DONE, LEASE, Claim, Done, Mine, Theirs
 from eventbus.idempotency.shared import digest
 from tests.stores import StoreServer, let_pass, make_tables
@@ -42,7 +42,7 @@ async def crashed(store: SharedStore, key: str) -> Mine:
 
 async def test_a_lease_ends_by_the_clock_of_the_store(shared_store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time", lambda: 0.0)  # a worker whose clock is wrong by decades
-    async with SharedStore(keeper_of(shared_store_url)) as store:
+    async with shared_store(shared_store_url) as store:
         await store.claim("a", SECOND)
         theirs = await store.claim("a", LEASE)
 
@@ -52,7 +52,7 @@ async def test_a_lease_ends_by_the_clock_of_the_store(shared_store_url: str, mon
 
 
 async def test_done_is_forgotten_by_the_clock_of_the_store(shared_store_url: str) -> None:
-    async with SharedStore(keeper_of(shared_store_url)) as store:
+    async with shared_store(shared_store_url) as store:
         mine = await claimed(store, "a")
         await store.complete("a", mine.token, SECOND)
 
@@ -100,7 +100,7 @@ async def test_what_is_kept_no_longer_is_removed_in_bounded_batches(name: str, r
 
 
 async def test_redis_itself_forgets_what_is_kept_no_longer(redis_url: str) -> None:
-    async with SharedStore(keeper_of(redis_url)) as store, Redis.from_url(redis_url) as redis:
+    async with shared_store(redis_url) as store, Redis.from_url(redis_url) as redis:
         done, freed, _ = [await claimed(store, key) for key in ("done", "freed", "crashed")]
         await store.complete("done", done.token, timedelta(days=1))
         await store.free("freed", freed.token)
@@ -123,7 +123,7 @@ async def test_what_was_done_survives_a_crash_of_the_server_and_the_store_connec
     server = await asyncio.to_thread(own_store, name)
     url = await asyncio.to_thread(server.new_url)
     await make_tables(url)
-    async with SharedStore(keeper_of(url)) as store:
+    async with shared_store(url) as store:
         done, held = await claimed(store, "done"), await claimed(store, "held")
         await store.complete("done", done.token, KEEP_DONE)
         await asyncio.to_thread(server.kill)
@@ -139,7 +139,7 @@ async def test_what_was_done_survives_a_crash_of_the_server_and_the_store_connec
 
 async def test_a_session_that_postgresql_ends_is_one_error_at_most(postgresql_url: str) -> None:
     await make_tables(postgresql_url)
-    async with SharedStore(keeper_of(postgresql_url)) as store:
+    async with shared_store(postgresql_url) as store:
         mine = await claimed(store, "a")
         other = await asyncpg.connect(postgresql_url)
         await other.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
@@ -154,7 +154,7 @@ async def test_a_session_that_postgresql_ends_is_one_error_at_most(postgresql_ur
 async def test_a_deadlock_with_somebody_else_is_tried_again(postgresql_url: str) -> None:
     await make_tables(postgresql_url)
     first, second = sorted(("a", "b"), key=digest)
-    async with SharedStore(keeper_of(postgresql_url)) as store:
+    async with shared_store(postgresql_url) as store:
         mine = {key: await claimed(store, key) for key in (first, second)}
         somebody = await asyncpg.connect(postgresql_url)
         lock = "SELECT 1 FROM eventbus_keys WHERE key = $1 FOR UPDATE"
@@ -188,7 +188,7 @@ async def test_whoever_asks_at_the_same_time_from_another_connection_waits_or_is
     url = request.getfixturevalue(f"{name}_url")
     await make_tables(url)
     keys = [f"key {number}" for number in range(50)]
-    async with SharedStore(keeper_of(url)) as one, SharedStore(keeper_of(url)) as other:
+    async with shared_store(url) as one, shared_store(url) as other:
         for _ in range(10):
             claims = await asyncio.gather(*(store.claim(key, LEASE) for key in keys for store in (one, other)))
             won = [claim for claim in claims if isinstance(claim, Mine)]
@@ -202,7 +202,7 @@ async def give_back(store: SharedStore, keys: list[str], claims: list[Claim], wh
 
 
 async def test_a_redis_that_has_lost_the_script_gets_it_again(redis_url: str) -> None:
-    async with SharedStore(keeper_of(redis_url)) as store, Redis.from_url(redis_url) as redis:
+    async with shared_store(redis_url) as store, Redis.from_url(redis_url) as redis:
         mine = await claimed(store, "a")
         await redis.script_flush()
 
@@ -225,7 +225,7 @@ async def test_a_redis_that_evicts_is_warned_of_at_the_start(
     async with Redis.from_url(own_redis_url) as redis:
         await redis.config_set("maxmemory-policy", "allkeys-lru")
         try:
-            async with SharedStore(keeper_of(own_redis_url)):
+            async with shared_store(own_redis_url):
                 pass
         finally:
             await redis.config_set("maxmemory-policy", "noeviction")
@@ -237,14 +237,14 @@ async def test_a_redis_that_evicts_is_warned_of_at_the_start(
 async def test_a_redis_that_keeps_what_it_is_given_is_not_warned_of(
     redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with SharedStore(keeper_of(redis_url)):
+    async with shared_store(redis_url):
         pass
 
     assert caplog.records == []
 
 
 async def test_a_redis_without_memory_claims_nothing(own_redis_url: str) -> None:
-    async with SharedStore(keeper_of(own_redis_url)) as store, Redis.from_url(own_redis_url) as redis:
+    async with shared_store(own_redis_url) as store, Redis.from_url(own_redis_url) as redis:
         await redis.config_set("maxmemory", "1kb")
         try:
             with pytest.raises(StoreError, match="OutOfMemoryError"):
@@ -266,7 +266,7 @@ async def test_a_replica_is_refused(own_redis_url: str) -> None:
 
 
 async def test_a_redis_that_turns_into_a_replica_claims_nothing(own_redis_url: str) -> None:
-    async with SharedStore(keeper_of(own_redis_url)) as store, Redis.from_url(own_redis_url) as redis:
+    async with shared_store(own_redis_url) as store, Redis.from_url(own_redis_url) as redis:
         await redis.execute_command("REPLICAOF", "127.0.0.1", "1")  # type: ignore[no-untyped-call]
         try:
             with pytest.raises(StoreError, match="read only replica"):
