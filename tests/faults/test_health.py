@@ -22,7 +22,7 @@ from eventbus.topology import Queue, Topology, quorum
 from eventbus.transport.base import Delivery, Publication, Source
 from eventbus.transport.rabbitmq import RabbitMQ
 from eventbus.transport.rabbitmq.acks import Settlement
-from eventbus.transport.rabbitmq.channels import ConsumingChannel
+from eventbus.transport.rabbitmq.lane import LaneConsuming
 from tests.programs import Program, eventbus, running
 from tests.servers import BrokerServer, vhost_of
 
@@ -245,9 +245,9 @@ async def test_a_queue_that_a_bug_left_unserved_is_missing_and_served_again(
 ) -> None:
     taken: list[Delivery] = []
     seen: list[str] = []
-    settle = ConsumingChannel.settle
+    settle = LaneConsuming.settle
 
-    async def broken_once(self: ConsumingChannel, batch: Sequence[Settlement]) -> None:
+    async def broken_once(self: LaneConsuming, batch: Sequence[Settlement]) -> None:
         if batch and len(taken) == 1:
             raise ZeroDivisionError("a bug")
         await settle(self, batch)
@@ -256,7 +256,7 @@ async def test_a_queue_that_a_bug_left_unserved_is_missing_and_served_again(
         taken.append(delivery)
         delivery.ack()
 
-    monkeypatch.setattr(ConsumingChannel, "settle", broken_once)
+    monkeypatch.setattr(LaneConsuming, "settle", broken_once)
     topology = Topology((), (Queue("a", quorum(delivery_limit=10)),))
     transport = RabbitMQ(rabbitmq_url)
     await transport.open(topology, "apply")

@@ -218,12 +218,16 @@ def _read_timestamp(data: bytes, at: int, _end: int, _depth: int) -> tuple[objec
     return moment(seconds), at + 8
 
 
-def moment(seconds: int) -> datetime | int:
-    """An AMQP timestamp. Beyond the year 2106 it is in milliseconds, as several senders have it; else no moment."""
+def moment(seconds: int) -> datetime:
+    """An AMQP timestamp. Beyond the year 2106 it is in milliseconds, as several senders have it.
+
+    Raises:
+        Malformed: it is beyond the year 9999 then, too.
+    """
     try:
         return datetime.fromtimestamp(seconds / 1000 if seconds > 0xFFFF_FFFF else seconds, UTC)
-    except (ValueError, OverflowError, OSError):
-        return seconds
+    except (ValueError, OverflowError, OSError) as error:
+        raise Malformed(f"a timestamp: {error}") from None
 
 
 def _slice(data: bytes, at: int, end: int) -> tuple[bytes, int]:
@@ -586,6 +590,8 @@ def read_confirm(data: bytes, at: int, end: int) -> tuple[int, bool]:
 def read_deliver(data: bytes, at: int, end: int) -> tuple[int, bool, str, str]:
     """Of a basic.deliver whose arguments are `data[at:end]`: tag, redelivered, exchange and routing key.
 
+    In a key that is no UTF-8 the bytes that are not stand as lone surrogates.
+
     Raises:
         Malformed: it is none.
     """
@@ -604,7 +610,7 @@ def read_deliver(data: bytes, at: int, end: int) -> tuple[int, bool, str, str]:
 
 @lru_cache(maxsize=1024)  # a queue's deliveries come by few routes
 def _route(exchange: bytes, key: bytes) -> tuple[str, str]:
-    return str(exchange, "utf-8", "replace"), str(key, "utf-8", "replace")
+    return str(exchange, "utf-8", "replace"), str(key, "utf-8", "surrogateescape")
 
 
 def read_body_size(data: bytes, at: int, end: int) -> int:

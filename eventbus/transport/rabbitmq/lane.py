@@ -356,7 +356,13 @@ class LaneConsuming:
             table, others = properties.table, properties.others
             kept = _NOTHING if others is frames.ONLY_PERSISTENT else _kept(others)
             message = Message(table.values, body, properties.content_type, kept, table.foreign)
-        self._deliver(Incoming(tag, exchange, key, is_redelivered, message, properties is not None))
+        is_readable = properties is not None and _is_text(key)
+        self._deliver(Incoming(tag, exchange, key, is_redelivered, message, is_readable))
+
+
+@lru_cache(maxsize=1024)
+def _is_text(key: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in key)
 
 
 def _kept(others: Mapping[str, object]) -> Mapping[str, object]:
