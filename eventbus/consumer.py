@@ -12,17 +12,18 @@ import contextvars
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
 from eventbus import message as header
 from eventbus.bus import Sender
 from eventbus.clock import Clock, Timer
-from eventbus.context import Context
+from eventbus.context import AlreadyDone, Context, Unit
 from eventbus.delivery import (
     Ack,
     Again,
@@ -49,6 +50,9 @@ from eventbus.service import Service, Subscription, UnknownVersion
 from eventbus.telemetry import fields
 from eventbus.transport.base import Delivery, NotPublished, Unpublishable
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
 log = logging.getLogger("eventbus.delivery")
 
 FIRST_BACKOFF_S = 0.1
@@ -69,6 +73,7 @@ class Environment:
     store: IdempotencyStore
     clock: Clock
     on_trouble: Callable[[str], None]  # consuming must pause; called with why
+    on_committed: Callable[[AsyncEngine], Awaitable[None]] | None = None  # a handler's transaction; where no relay runs
     jitter: Callable[[], float] = lambda: random.uniform(-1.0, 1.0)
 
 
@@ -152,6 +157,7 @@ class ServiceConsumer:
         self.state: object = None  # what the lifespan yielded; set before the first delivery
         self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
         self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
+        self._identities = {name: (service.name, name, service.source) for name in self._subscriptions}
         self._environment = environment
         self._slots = asyncio.Semaphore(service.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -304,14 +310,17 @@ class ServiceConsumer:
         """Run the handler to its end, whatever the end is."""
         work, envelope = run.work, run.work.envelope
         assert envelope is not None
-        context: Context[Any] = Context(
-            envelope,
-            attempt=attempt,
-            identity=(self.service.name, subscription.handler, self.service.source),
-            state=self.state,
-            publish=self._environment.sender.send,
-        )
-        arguments = (event, context) if subscription.takes_context else (event,)
+        arguments: tuple[Any, ...] = (event,)
+        if subscription.takes_context:
+            context: Context[Any] = Context(
+                envelope,
+                attempt=attempt,
+                identity=self._identities[subscription.handler],
+                state=self.state,
+                publish=self._environment.sender.send,
+                inbox=(self._open_unit, run.key),
+            )
+            arguments = (event, context)
         telemetry = self._environment.sender.telemetry
         self._began(run)
         if self.on_attempt is not None:
@@ -324,7 +333,7 @@ class ServiceConsumer:
                 queue=work.delivery.queue, handler=subscription.handler, attempt=attempt,
             ) as processing:  # fmt: skip
                 outcome = await self._handled(run, subscription, arguments, attempt)
-                if not isinstance(outcome, Handled):
+                if not isinstance(outcome, Handled | Duplicate):
                     processing.error_type = outcome.kind if isinstance(outcome, Failed) else type(outcome).__name__
                 return outcome
         finally:
@@ -354,10 +363,16 @@ class ServiceConsumer:
             self._say_handled(run.work.envelope, subscription, attempt, self._environment.clock.monotonic_s() - began_s)
         return Handled()
 
+    def _open_unit(self, state: object, key: str) -> AbstractAsyncContextManager[Unit]:
+        from eventbus.outbox.inbox import open_unit  # only handlers that ask for a transaction need a database
+
+        environment = self._environment
+        return open_unit(state, key, check=environment.sender.check, committed=environment.on_committed)
+
     async def _record(self, work: _Work, key: str, token: str, outcome: Outcome) -> Outcome:
         """Complete the claim after success, give it back otherwise."""
         store = self._environment.store
-        if not isinstance(outcome, Handled):
+        if not isinstance(outcome, Handled | Duplicate):
             try:
                 await store.free(key, token)
             except StoreError as error:
@@ -537,6 +552,8 @@ def _outcome_of_error(error: BaseException, run: _Run, timeout: timedelta) -> Ou
         _current_task().uncancel()
         return run.cancelled_because
     match error:
+        case AlreadyDone():
+            return Duplicate()
         case Reject():
             return Refused("rejected", text_of(error) or "rejected without a reason")
         case RetryLater(delay=delay):
