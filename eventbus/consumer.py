@@ -412,13 +412,16 @@ class ServiceConsumer:
             self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
 
     async def _renew(self, runs: list[_Run]) -> None:
-        for run in runs:
-            try:
-                if not await self._environment.store.renew(run.key, run.token, LEASE) and run in self._runs:
-                    self._say_claim_lost(run.work, "the handler is cancelled, another worker has taken over")
-                    run.cancel(ClaimedElsewhere(LEASE))
-            except StoreError as error:
-                log.warning("a claim could not be renewed: %s", error)
+        # At once, not one after the other: a shared store answers all in one round trip.
+        await asyncio.gather(*(self._renew_one(run) for run in runs))
+
+    async def _renew_one(self, run: _Run) -> None:
+        try:
+            if not await self._environment.store.renew(run.key, run.token, LEASE) and run in self._runs:
+                self._say_claim_lost(run.work, "the handler is cancelled, another worker has taken over")
+                run.cancel(ClaimedElsewhere(LEASE))
+        except StoreError as error:
+            log.warning("a claim could not be renewed: %s", error)
 
     # ── settling ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -20,7 +20,7 @@ _REMEDY = {
     "url": "an URL, like amqp://user:password@host/ or memory://",
     "namespace": "lower-case letters, digits, - and _, like 'events'",
     "source": "an URI reference without spaces, like /services/orders",
-    "idempotency": "an URL, like memory://",
+    "idempotency": "an URL, like memory://, redis://host or postgresql://user:password@host/database",
     "declare": "apply, verify or never",
     "lane": "on or off",
     "max_message_bytes": "a whole number of bytes from 1",

@@ -25,14 +25,14 @@ from eventbus.bus import Sender, open_or_close
 from eventbus.clock import Clock, SystemClock
 from eventbus.consumer import Environment, ServiceConsumer, backoffs
 from eventbus.errors import SetupError, StoreError, TransportError, hide_password
-from eventbus.idempotency import IdempotencyStore, MemoryStore
+from eventbus.idempotency import IdempotencyStore, MemoryStore, SharedStore
 from eventbus.idempotency import from_url as store_from_url
 from eventbus.idempotency.base import Mine, OnlyStoreErrors
 from eventbus.service import Service, Subscription, check_all
 from eventbus.settings import Settings
 from eventbus.topology import Names, Topology, merge, of_service, shared
 from eventbus.transport import from_url
-from eventbus.transport.base import Consumer, Declare, Source, Transport
+from eventbus.transport.base import Consumer, Declare, Source
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -78,7 +78,8 @@ class Engine:
         self._subscriptions = check_all(services)
         self._topology = topology_of(sender.names, self._subscriptions)
         self._sender = sender
-        self._store = store if isinstance(store, MemoryStore) else OnlyStoreErrors(store)
+        # Ours keep to the port by themselves.
+        self._store = store if isinstance(store, MemoryStore | SharedStore) else OnlyStoreErrors(store)
         self._declare = declare
         environment = Environment(sender, self._store, clock or SystemClock(), self._trouble, on_committed)
         if jitter is not None:
@@ -247,7 +248,8 @@ class Worker:
     """Runs *services*; an async context manager.
 
     *url*, *namespace* and *idempotency* default to EVENTBUS_URL, EVENTBUS_NAMESPACE and EVENTBUS_IDEMPOTENCY
-    (`memory://`: duplicates are recognised within this process only). Leaving the block takes nothing more and gives
+    (`memory://`: duplicates are recognised within this process only; `redis://`, `sqlite:///path` and `postgresql://`
+    are shared). Leaving the block takes nothing more and gives
     what was taken *grace* to be settled; the rest goes back to the broker.
     """
 
@@ -274,11 +276,12 @@ class Worker:
         self._running: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Check, connect and declare, within 15 s, enter the lifespans, and consume.
+        """Check; connect to the idempotency store and to the broker and declare, each within 15 s; enter the lifespans,
+        and consume.
 
         Raises:
-            SetupError: mistakes of all services, one a line, or what the broker will never allow.
-            TransportError: nobody answered.
+            SetupError: mistakes of all services, one a line, or what the broker or the store will never allow.
+            TransportError, StoreError: nobody answered.
         """
         if self._running is not None:
             raise SetupError("this worker has run already: make a new one")
@@ -286,16 +289,17 @@ class Worker:
         settings = Settings.load()
         names = Names(self._namespace or settings.namespace)
         url = self._url or settings.url
-        store = self._store(self._idempotency or settings.idempotency)
+        given = self._idempotency or settings.idempotency
+        store = store_from_url(given) if isinstance(given, str) else given
         transport = from_url(url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane)
-        await open_or_close(transport, names, settings)
-        self._sender = Sender(transport, names)
-        try:
+        async with AsyncExitStack() as connected:
+            if isinstance(store, SharedStore):
+                await self._open(store, connected)
+            await open_or_close(transport, names, settings)
+            connected.push_async_callback(transport.close)
+            self._sender = Sender(transport, names)
             self._engine = Engine(self._services, self._sender, store, declare=settings.declare)
-        except BaseException:
-            await transport.close()
-            raise
-        self._running = asyncio.get_running_loop().create_task(self._run(self._engine, transport))
+            self._running = asyncio.get_running_loop().create_task(self._run(self._engine, connected.pop_all()))
         await self._started(self._running)
         if isinstance(store, MemoryStore) and url is not None and url.startswith("amqp"):
             log.warning("idempotency is memory://: duplicates are recognised within this process only")
@@ -346,17 +350,15 @@ class Worker:
         # Shielded: whoever waits may give up, the worker still drains.
         await asyncio.shield(self._running)
 
-    async def _run(self, engine: Engine, transport: Transport) -> None:
+    async def _run(self, engine: Engine, connected: AsyncExitStack) -> None:
         """Start, go on until asked to stop, and stop: one task, as lifespans with task groups in them need it."""
-        try:
+        async with connected:
             await engine.start()
             self._has_started.set()
             try:
                 await self._until_told(engine)
             finally:
                 await engine.stop(self._grace_s, self._hurry)
-        finally:
-            await transport.close()
 
     async def _until_told(self, engine: Engine) -> None:
         consuming = asyncio.ensure_future(engine.wait())
@@ -373,9 +375,13 @@ class Worker:
             asked.cancel()
             await asyncio.gather(consuming, asked, return_exceptions=True)
 
-    @staticmethod
-    def _store(given: str | IdempotencyStore) -> IdempotencyStore:
-        return store_from_url(given) if isinstance(given, str) else given
+    async def _open(self, store: SharedStore, connected: AsyncExitStack) -> None:
+        """Open what was made from an URL. A store that was passed is opened, and closed, by whoever passed it."""
+        if store is not self._idempotency:
+            await store.open()
+            connected.push_async_callback(store.close)
+        elif not store.is_open:
+            raise SetupError("the idempotency store is not open: enter it first, `async with store:`, or pass its URL")
 
     def _describe(self) -> list[str]:
         """What runs, a line each, for people: the broker, each service, its handlers and their policies."""
@@ -421,7 +427,7 @@ async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
     """Run *worker* until SIGTERM or SIGINT; a second one hurries. *announce* is given what runs, line by line.
 
     Raises:
-        SetupError, TransportError: it could not start, or could not go on.
+        SetupError, TransportError, StoreError: it could not start, or could not go on.
     """
     loop, serving = asyncio.get_running_loop(), asyncio.current_task()
     assert serving is not None
@@ -493,6 +499,6 @@ def run(
     try:
         worker = Worker(*services, url=url, idempotency=idempotency, namespace=namespace, grace=grace)
         run_to_the_end(serve(worker, lambda line: print(line, flush=True)))  # noqa: T201  # a program's own output
-    except (SetupError, TransportError) as error:
+    except (SetupError, TransportError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None

@@ -6,27 +6,35 @@
                             the default line only, unless `--all-lines` is given (`make test-all`)
     own_broker              a RabbitMQ that the test may stop and kill
     own_broker_of_every_line
+    sqlite_url, postgresql_url  an empty database, without tables
+    redis_url               an empty Redis
+    shared_store_url        one test for each idempotency store that workers can share: empty, with its tables
+    own_store               gives a `postgresql` or `redis` that the test may kill
 
-Virtual hosts and own brokers are cleared up, or started again, after each test.
+Virtual hosts, databases and own servers are cleared up, or started again, after each test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any  # Any: a worker as pytest-xdist hands it over, which is there only if that is installed
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.servers import LINES, Brokers, BrokerServer, find_lines, find_own_lines, lines_to_test
+from tests.stores import Stores, StoreServer, apart, make_tables
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("eventbus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("eventbus")
 
 BROKERS = pytest.StashKey[Brokers]()
+STORES = pytest.StashKey[Stores]()
 STARTED = pytest.StashKey[set[tuple[str, str]]]()  # line and origin of each broker that this report is about
 REMARKS = pytest.StashKey[dict[str, None]]()  # lines for the end of the report, each once, as they come
+SHARED_STORES = ("sqlite", "postgresql", "redis")
 EVERY_LINE = {"every_line": find_lines, "own_broker_of_every_line": find_own_lines}
 
 
@@ -36,6 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[BROKERS] = Brokers()
+    config.stash[STORES] = Stores()
     config.stash[STARTED] = set()
     config.stash[REMARKS] = {}
 
@@ -44,8 +53,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     stash = session.config.stash
     brokers, started, remarks = stash[BROKERS], stash[STARTED], stash[REMARKS]
     started.update((server.line, server.origin) for server in brokers.started())
+    remarks.update({f"database: {server.origin}": None for server in stash[STORES].started()})
     # Here and not later: a worker that says it has finished is given ten seconds to be gone.
     brokers.close()
+    stash[STORES].close()
     output = getattr(session.config, "workeroutput", None)  # only where pytest-xdist started us
     if output is not None:
         output["started"] = sorted(started)
@@ -128,3 +139,53 @@ def _lent(brokers: Brokers, line: str | None) -> Iterator[BrokerServer]:
     if not server.is_running:
         server.start()
     server.drop_vhosts()
+
+
+@pytest.fixture(scope="session")
+def stores(pytestconfig: pytest.Config) -> Stores:
+    """The databases, by their names."""
+    return pytestconfig.stash[STORES]
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a file that is not there yet."""
+    return f"sqlite:///{tmp_path / 'test.db'}"
+
+
+@pytest.fixture
+def postgresql_url(stores: Stores) -> Iterator[str]:
+    """The URL of an empty database."""
+    server = stores.shared("postgresql")
+    yield server.new_url()
+    server.drop()
+
+
+@pytest.fixture
+def redis_url(stores: Stores) -> str:
+    """The URL of an empty database of a Redis."""
+    return stores.shared("redis").new_url()
+
+
+@pytest.fixture(params=SHARED_STORES)
+def shared_store_url(request: pytest.FixtureRequest) -> str:
+    """The URL of each shared idempotency store, one after the other: empty, with its tables."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    apart(make_tables(url))
+    return url
+
+
+@pytest.fixture
+def own_store(stores: Stores) -> Iterator[Callable[[str], StoreServer]]:
+    """Gives the `postgresql` or the `redis` that the test may kill and start."""
+    lent: list[StoreServer] = []
+
+    def lend(name: str) -> StoreServer:
+        lent.append(stores.own(name))
+        return lent[-1]
+
+    yield lend
+    for server in lent:
+        if not server.is_running:
+            server.start()
+        server.drop()

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from eventbus.cli import dead, demo, output, publish, run, tail, topology, undeliverable, version
+from eventbus.cli import dead, demo, output, publish, run, store, tail, topology, undeliverable, version
 
 app = typer.Typer(
     name="eventbus",
@@ -51,6 +51,7 @@ app.command("tail", epilog="Example: eventbus tail order_placed --json --data | 
 app.add_typer(topology.app, name="topology")
 app.add_typer(dead.app, name="dead")
 app.add_typer(undeliverable.app, name="undeliverable")
+app.add_typer(store.app, name="store")
 app.command("version", epilog="Example: eventbus version --json")(version.version)
 
 

@@ -442,7 +442,7 @@ async def test_the_memory_store_with_the_embedded_broker_is_not_warned_of(caplog
 
 async def test_an_idempotency_store_that_there_is_not_is_told_before_anything_is_started() -> None:
     with pytest.raises(SetupError, match="no idempotency store for"):
-        await Worker(service("a"), url=URL, idempotency="redis://nowhere/").__aenter__()
+        await Worker(service("a"), url=URL, idempotency="mysql://nowhere/").__aenter__()
 
 
 async def test_the_topology_is_declared_only_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
