@@ -122,6 +122,18 @@ class Relay:
         await asyncio.shield(self._running)  # whoever waits may give up, the relay still ends in order
 
     @property
+    def is_running(self) -> bool:
+        """Whether it was entered and has not ended."""
+        return self._running is not None and not self._running.done()
+
+    @property
+    def broker(self) -> str:
+        """Who publishes, for people."""
+        broker = self._sender.transport.broker
+        where = broker.host if broker.port is None else f"{broker.host}:{broker.port}"
+        return f"{broker.product} {broker.version} at {where}"
+
+    @property
     def lag(self) -> Lag | None:
         """How far all relays are behind, as it was a few seconds ago; None before it was first asked."""
         return self._lag
@@ -145,7 +157,7 @@ class Relay:
 
     def probes(self) -> dict[str, Callable[[], Awaitable[str | None]]]:
         """What only asking tells, by what it is about."""
-        return {"publishing": self._sender.probe} if self._running is not None and not self._running.done() else {}
+        return {"publishing": self._sender.probe} if self.is_running else {}
 
     # ── from the start to the end ───────────────────────────────────────────────────────────────────────────────────
 
