@@ -101,7 +101,7 @@ OUTBOX = Table(
     "eventbus_outbox",
     METADATA,
     Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
-    Column("bucket", SmallInteger, CheckConstraint("bucket BETWEEN 0 AND 15"), nullable=False, server_default="0"),
+    Column("bucket", SmallInteger, CheckConstraint("bucket BETWEEN 0 AND 15", name="eventbus_outbox_bucket"), nullable=False, server_default="0"),
     Column("ordering_key", Text),
     Column("event_id", Text, nullable=False),
     Column("source", Text, nullable=False),

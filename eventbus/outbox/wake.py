@@ -25,9 +25,11 @@ async def listening(engine: AsyncEngine, wake: Callable[[], None]) -> AsyncItera
         raw = await connection.get_raw_connection()
         driver: Any = raw.driver_connection  # asyncpg's
         raw.detach()  # it is held for long, and the pool has others to serve
-        driver.add_termination_listener(lambda *_: lost.set())
         try:
+            driver.add_termination_listener(lambda *_: lost.set())
             await driver.add_listener(CHANNEL, lambda *_: wake())
+            yield lost
         except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             raise OSError(f"LISTEN was refused: {type(error).__name__}") from error
-        yield lost
+        finally:
+            driver.terminate()  # at once: whoever leaves is mostly being cancelled
