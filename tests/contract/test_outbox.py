@@ -442,7 +442,8 @@ async def test_a_relay_waits_for_its_database_and_goes_on(
     monkeypatch.setattr(relay_module, "AGAIN_S", 0.05)
     monkeypatch.setattr(relay_module, "LOOK_S", 0.2)
     server, url = own_store("postgresql"), new_broker()
-    engine = open_engine(server.new_url())
+    database = server.new_url()
+    engine = open_engine(database)
     await create(engine)
     async with arriving(url) as arrived, Relay(engine, url=url) as relay:
         await place(engine, 1)
@@ -452,9 +453,10 @@ async def test_a_relay_waits_for_its_database_and_goes_on(
         await until(lambda: any("outbox: " in problem for problem in relay.problems()))
         await asyncio.to_thread(server.start)
         await until(lambda: relay.problems() == [])
-        await engine.dispose()  # of the connections that died with it
-        await place(engine, 2)
+        other = open_engine(database)  # none of its connections died
+        await place(other, 2)
         await until(lambda: arrived.orders[-1] == 2)
+    await other.dispose()
     await engine.dispose()
 
     assert caplog.text.count("the relay waits for its database") == caplog.text.count("database answers again") >= 1
