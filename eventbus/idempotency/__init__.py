@@ -8,16 +8,25 @@ from eventbus.idempotency.base import IdempotencyStore
 from eventbus.idempotency.memory import MemoryStore
 from eventbus.idempotency.shared import Keeper, SharedStore
 
-__all__ = ["IdempotencyStore", "Keeper", "MemoryStore", "SharedStore", "from_url", "keeper_of"]
+__all__ = ["IdempotencyStore", "Keeper", "MemoryStore", "SharedStore", "from_url", "keeper_of", "shared_store"]
 
 
 def from_url(url: str, *, clock: Clock | None = None) -> IdempotencyStore:
-    """The store that *url* names. Unless it is `memory://` it is to be opened: `async with store:`.
+    """The store that *url* names. Unless it is `memory://` it is a `SharedStore`, to be opened and closed.
 
     Raises:
         SetupError: no store of that kind, or its driver is not installed.
     """
-    return MemoryStore(clock=clock) if url == "memory://" else SharedStore(keeper_of(url))
+    return MemoryStore(clock=clock) if url == "memory://" else shared_store(url)
+
+
+def shared_store(url: str) -> SharedStore:
+    """The store at *url*, which is not `memory://`, to be opened and closed: `async with shared_store(url) as store:`.
+
+    Raises:
+        SetupError: no store of that kind, or its driver is not installed.
+    """
+    return SharedStore(keeper_of(url))
 
 
 def keeper_of(url: str) -> Keeper:

@@ -46,9 +46,9 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local token, answers, n = ARGV[1], {{}}, 0
 
-local function hold(key, ms, crashes, whose)
+local function hold(key, ms, crashes, whose, ...)
     local value = string.format('%.0f %d %s', now + ms, crashes, whose)
-    redis.call('SET', key, value, 'PX', string.format('%.0f', ms + keep_crashed))
+    return redis.call('SET', key, value, 'PX', string.format('%.0f', ms + keep_crashed), ...)
 end
 
 for what, ms, whose in string.gmatch(ARGV[2], '(%a+) (%d+) (%S+)') do
@@ -70,18 +70,18 @@ end
 
 for ms in string.gmatch(ARGV[3], '%d+') do
     n = n + 1
-    local value, crashes, left = redis.call('GET', KEYS[n]), 0, 0
-    if value and value ~= 'done' then
-        local ends, before = string.match(value, '^(%d+) (%d+) ')
-        crashes, left = before + 1, ends - now
-    end
-    if value == 'done' then
-        answers[n] = 'done'
-    elseif left > 0 then
-        answers[n] = string.format('theirs %.0f', left)
+    if hold(KEYS[n], ms, 0, token, 'NX') then
+        answers[n] = 'mine 0'
     else
-        hold(KEYS[n], ms, crashes, token)
-        answers[n] = 'mine ' .. crashes
+        local ends, crashes = string.match(redis.call('GET', KEYS[n]), '^(%d+) (%d+) ')
+        if not ends then
+            answers[n] = 'done'
+        elseif ends - now > 0 then
+            answers[n] = string.format('theirs %.0f', ends - now)
+        else
+            hold(KEYS[n], ms, crashes + 1, token)
+            answers[n] = string.format('mine %d', crashes + 1)
+        end
     end
 end
 return table.concat(answers, ',')
@@ -125,12 +125,12 @@ class RedisKeeper:
     async def turn(
         self, token: str, wishes: Sequence[Wish], changes: Sequence[Change]
     ) -> tuple[dict[str, Claim], set[str]]:
-        keys = [f"{PREFIX}{change.key}" for change in changes]
-        keys += [f"{PREFIX}{key}" for key, _ in wishes]
+        keys = [change.key for change in changes]
+        keys += [key for key, _ in wishes]
         to_change = "\n".join(f"{'held' if is_held else 'done'} {ms} {whose}" for _, whose, ms, is_held in changes)
         to_claim = "\n".join(str(lease_ms) for _, lease_ms in wishes)
         try:
-            answered = await self._run(len(keys), *keys, token, to_change, to_claim)
+            answered = await self._run(len(keys), *_names(keys), token, to_change, to_claim)
         except (RedisError, OSError) as error:
             raise self._error(error) from error
         answers = answered.decode().split(",")
@@ -141,14 +141,14 @@ class RedisKeeper:
         }
         return claims, {change.key for change, answer in zip(changes, answers, strict=False) if answer == "1"}
 
-    async def _run(self, *arguments: str | int) -> bytes:
+    async def _run(self, *arguments: str | int | bytes) -> bytes:
         try:
             answered: bytes = await self._execute("EVALSHA", self._script, *arguments)
         except NoScriptError:  # it has been restarted; this loads it as well
             answered = await self._execute("EVAL", _SCRIPT, *arguments)
         return answered
 
-    async def _execute(self, *command: str | int) -> bytes:
+    async def _execute(self, *command: str | int | bytes) -> bytes:
         return await self._redis.execute_command(*command)  # type: ignore[no-any-return,no-untyped-call]  # not typed
 
     async def clean(self, at_most: int) -> int:
@@ -159,6 +159,11 @@ class RedisKeeper:
 
     def _error(self, error: Exception) -> StoreError:
         return StoreError(f"{self.where} did not do it: {type(error).__name__}: {error}")
+
+
+def _names(keys: Sequence[str]) -> list[bytes]:
+    """What *keys* are called in Redis. All at once: the client takes bytes as they are, and text one by one."""
+    return f"{PREFIX}{f' {PREFIX}'.join(keys)}".encode().split()
 
 
 def _claim(token: str, answer: str) -> Claim:

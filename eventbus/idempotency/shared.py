@@ -12,7 +12,7 @@ import logging
 import random
 import secrets
 from collections import deque
-from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from datetime import timedelta
 from hashlib import blake2b
 from types import TracebackType
@@ -99,6 +99,7 @@ class SharedStore:
         self._turns = 0
         self._wishes: dict[str, tuple[int, list[asyncio.Future[Claim]]]] = {}
         self._changes: dict[str, tuple[Change, asyncio.Future[bool]]] = {}
+        self._later: list[tuple[Change, asyncio.Future[bool]]] = []
         self._in_doubt: deque[Change] = deque(maxlen=MOST_IN_DOUBT)
         self._one_at_a_time = asyncio.Lock()
         self._sending: asyncio.Task[None] | None = None
@@ -158,23 +159,23 @@ class SharedStore:
         return await answer
 
     async def renew(self, key: str, token: str, lease: timedelta) -> bool:
-        return await self._change(key, token, lease, is_held=True)
+        return await self._changed(Change(digest(key), token, int(lease.total_seconds() * 1000), is_held=True))
 
     async def complete(self, key: str, token: str, keep: timedelta) -> bool:
-        return await self._change(key, token, keep, is_held=False)
+        return await self._changed(Change(digest(key), token, int(keep.total_seconds() * 1000), is_held=False))
 
     async def free(self, key: str, token: str) -> bool:
-        return await self._change(key, token, timedelta(0), is_held=False)
+        return await self._changed(Change(digest(key), token, 0, is_held=False))
 
-    async def _change(self, key: str, token: str, time: timedelta, *, is_held: bool) -> bool:
+    def _changed(self, change: Change) -> asyncio.Future[bool]:
         self._must_be_open()
-        kept_as = digest(key)
-        while (before := self._changes.get(kept_as)) is not None:  # two changes of one key: in turn
-            await asyncio.wait((before[1],))
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._changes[kept_as] = Change(kept_as, token, int(time.total_seconds() * 1000), is_held), answer
-        self._send_soon()
-        return await answer
+        if change.key in self._changes:  # two changes of one key: in turn
+            self._later.append((change, answer))
+        else:
+            self._changes[change.key] = change, answer
+            self._send_soon()
+        return answer
 
     def _must_be_open(self) -> None:
         if not self.is_open:
@@ -198,6 +199,12 @@ class SharedStore:
         """One round trip, with all that has been asked for so far; False if it was not answered."""
         wishes, self._wishes = self._wishes, {}
         changes, self._changes = self._changes, {}
+        later, self._later = self._later, []
+        for change, answer in later:
+            if change.key in self._changes:
+                self._later.append((change, answer))
+            else:
+                self._changes[change.key] = change, answer
         given_back = {change.key: change for change in self._in_doubt if change.key not in changes}
         self._turns += 1
         token = f"{self._name}-{self._turns}"
@@ -209,10 +216,9 @@ class SharedStore:
             claims, changed = await self._ask(lambda: self._keeper.turn(token, *asked))
         except StoreError as error:
             self._in_doubt.extend(Change(key, token, 0, is_held=False) for key in wishes)
-            self._refuse(str(error), wishes, changes)
             # What was asked for meanwhile would only wait as long, for the same.
-            self._refuse(str(error), self._wishes, self._changes)
-            self._wishes, self._changes = {}, {}
+            self._refuse(str(error), [wishes, self._wishes], [*changes.values(), *self._changes.values(), *self._later])
+            self._wishes, self._changes, self._later = {}, {}, []
             return False
         if given_back:
             still = [change for change in self._in_doubt if given_back.get(change.key) is not change]
@@ -237,11 +243,11 @@ class SharedStore:
     def _refuse(
         self,
         why: str,
-        wishes: Mapping[str, tuple[int, Sequence[asyncio.Future[Claim]]]],
-        changes: Mapping[str, tuple[Change, asyncio.Future[bool]]],
+        wishes: Iterable[Mapping[str, tuple[int, Sequence[asyncio.Future[Claim]]]]],
+        changes: Iterable[tuple[Change, asyncio.Future[bool]]],
     ) -> None:
-        asked: list[asyncio.Future[Any]] = [answer for _, answer in changes.values()]
-        asked += [answer for _, callers in wishes.values() for answer in callers]
+        asked: list[asyncio.Future[Any]] = [answer for _, answer in changes]
+        asked += [answer for of_a_turn in wishes for _, callers in of_a_turn.values() for answer in callers]
         for answer in asked:
             if not answer.done():
                 answer.set_exception(StoreError(why))

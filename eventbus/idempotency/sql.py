@@ -13,8 +13,6 @@ from datetime import timedelta
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NoReturn  # Any: what asyncpg takes for parameters
 
-from sqlalchemy import text
-
 from eventbus.database import check, error_of, open_engine, shown, state_of
 from eventbus.errors import StoreError
 from eventbus.idempotency.base import KEEP_DONE, Claim, Done, Mine, Theirs
@@ -44,7 +42,7 @@ ON CONFLICT (key) DO UPDATE SET token = excluded.token, expires_ms = excluded.ex
 WHERE k.expires_ms <= {now}
 RETURNING key, crashes
 """
-_LOOK = "SELECT key, token IS NULL, expires_ms - {now} FROM eventbus_keys WHERE key IN ({keys})"
+_LOOK = "SELECT key, token IS NULL AS is_done, expires_ms - {now} AS left_ms FROM eventbus_keys WHERE key IN ({keys})"
 _CLEAN = """
 DELETE FROM eventbus_keys WHERE key IN (
     SELECT key FROM eventbus_keys
@@ -78,24 +76,19 @@ class SQLiteKeeper:
     """Keys in a SQLite file. Each turn is a transaction."""
 
     _now = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
-    _change = text(
-        _CHANGE.format(
-            now=_now,
-            changes="(SELECT json_extract(value, '$[0]') AS of, json_extract(value, '$[1]') AS by,"
-            " json_extract(value, '$[2]') AS ms, json_extract(value, '$[3]') AS is_held"
-            " FROM json_each(:changes)) AS c",
-        )
+    _change = _CHANGE.format(
+        now=_now,
+        changes="(SELECT json_extract(value, '$[0]') AS of, json_extract(value, '$[1]') AS by,"
+        " json_extract(value, '$[2]') AS ms, json_extract(value, '$[3]') AS is_held FROM json_each(:changes)) AS c",
     )
-    _claim = text(
-        _CLAIM.format(
-            now=_now,
-            owner=":token",
-            wishes="(SELECT json_extract(value, '$[0]') AS key, json_extract(value, '$[1]') AS ms"
-            " FROM json_each(:wishes)) AS w",
-        )
+    _claim = _CLAIM.format(
+        now=_now,
+        owner=":token",
+        wishes="(SELECT json_extract(value, '$[0]') AS key, json_extract(value, '$[1]') AS ms"
+        " FROM json_each(:wishes)) AS w",
     )
-    _look = text(_LOOK.format(now=_now, keys="SELECT value FROM json_each(:keys)"))
-    _clean = text(_CLEAN.format(now=_now, keep=KEEP_CRASHED_MS, at_most=":at_most", locking=""))
+    _look = _LOOK.format(now=_now, keys="SELECT value FROM json_each(:keys)")
+    _clean = _CLEAN.format(now=_now, keep=KEEP_CRASHED_MS, at_most=":at_most", locking="")
 
     def __init__(self, url: str) -> None:
         self._engine = open_engine(url)
@@ -117,15 +110,15 @@ class SQLiteKeeper:
         try:
             async with self._engine.begin() as connection:
                 if changes:
-                    rows = await connection.execute(self._change, {"changes": json.dumps(changes)})
+                    rows = await connection.exec_driver_sql(self._change, {"changes": json.dumps(changes)})
                     changed = {key for (key,) in rows}
                 if wishes:
-                    rows = await connection.execute(self._claim, {"token": token, "wishes": json.dumps(wishes)})
+                    rows = await connection.exec_driver_sql(self._claim, {"token": token, "wishes": json.dumps(wishes)})
                     made = {row.key: row.crashes for row in rows}
                 if len(made) < len(wishes):
                     missing = json.dumps([key for key, _ in wishes if key not in made])
-                    rows = await connection.execute(self._look, {"keys": missing})
-                    others = {key: (bool(is_done), left_ms) for key, is_done, left_ms in rows}
+                    rows = await connection.exec_driver_sql(self._look, {"keys": missing})
+                    others = {row.key: (bool(row.is_done), row.left_ms) for row in rows}
         except Exception as error:
             raise StoreError(str(error_of(error, self._engine))) from error
         return _claims(token, wishes, made, others), changed
@@ -133,7 +126,7 @@ class SQLiteKeeper:
     async def clean(self, at_most: int) -> int:
         try:
             async with self._engine.begin() as connection:
-                return (await connection.execute(self._clean, {"at_most": at_most})).rowcount
+                return (await connection.exec_driver_sql(self._clean, {"at_most": at_most})).rowcount
         except Exception as error:
             raise StoreError(str(error_of(error, self._engine))) from error
 
@@ -214,7 +207,7 @@ class PostgreSQLKeeper:
     async def _connected(self) -> asyncpg.Connection[asyncpg.Record]:
         import asyncpg
 
-        if self._connection is None:
+        if self._connection is None or self._connection.is_closed():
             self._connection = await asyncpg.connect(self._url)
             await self._connection.execute(self._settings)
         return self._connection

@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from eventbus import Bus, Event, Service, SetupError, StoreError, Worker
 from eventbus.database import METADATA, SCHEMA_VERSION, create, open_engine
-from eventbus.idempotency import SharedStore, from_url
+from eventbus.idempotency import SharedStore, shared_store
 from eventbus.idempotency.base import KEEP_DONE, LEASE, Mine
 from eventbus.worker import probes_of, problems_of, run
 from tests.rig import until
@@ -47,12 +47,6 @@ def new_broker() -> str:
 
 def said(caplog: pytest.LogCaptureFixture, what: str) -> int:
     return sum(what in record.getMessage() for record in caplog.records)
-
-
-def shared(url: str) -> SharedStore:
-    store = from_url(url)
-    assert isinstance(store, SharedStore)
-    return store
 
 
 # ── two workers ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -92,7 +86,7 @@ async def test_a_claim_lost_by_a_stalled_loop_is_noticed_and_its_completion_does
 
     async def take_over() -> None:
         """Another worker, in a thread and a loop of its own."""
-        async with shared(shared_store_url) as store:
+        async with shared_store(shared_store_url) as store:
             await until(lambda: runs)
             while not isinstance(claim := await store.claim("shop/handle/placed/7", LEASE), Mine):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)  # as a worker does, to which it was delivered as well
@@ -117,7 +111,7 @@ async def test_a_claim_lost_by_a_stalled_loop_is_noticed_and_its_completion_does
 async def test_a_store_that_was_passed_open_stays_open(shared_store_url: str) -> None:
     handled: Counter[int] = Counter()
     url = new_broker()
-    async with shared(shared_store_url) as store:
+    async with shared_store(shared_store_url) as store:
         async with Worker(counting(handled), url=url, idempotency=store), Bus(url) as bus:
             await bus.publish(Placed(order_id=1))
             await until(lambda: handled)
@@ -127,7 +121,7 @@ async def test_a_store_that_was_passed_open_stays_open(shared_store_url: str) ->
 
 async def test_a_store_that_was_passed_closed_is_refused(sqlite_url: str) -> None:
     with pytest.raises(SetupError, match=r"is not open: enter it first, `async with store:`, or pass its URL"):
-        await Worker(counting(Counter()), url=new_broker(), idempotency=shared(sqlite_url)).__aenter__()
+        await Worker(counting(Counter()), url=new_broker(), idempotency=shared_store(sqlite_url)).__aenter__()
 
 
 async def test_a_store_is_let_go_where_the_broker_refuses(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from eventbus import SetupError
 from eventbus.clock import VirtualClock
 from eventbus.errors import StoreError
-from eventbus.idempotency import IdempotencyStore, MemoryStore, SharedStore, from_url
+from eventbus.idempotency import IdempotencyStore, MemoryStore, SharedStore, from_url, shared_store
 from eventbus.idempotency.base import KEEP_DONE, LEASE, Claim, Done, Mine, OnlyStoreErrors, Theirs
 from tests import stores
 from tests.conftest import SHARED_STORES
@@ -48,9 +48,7 @@ def in_process(name: str) -> Subject:
 
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[Subject]:
-    store = from_url(url)
-    assert isinstance(store, SharedStore)
-    async with store:
+    async with shared_store(url) as store:
         yield Subject(store, lambda by: stores.let_pass(url, by))
 
 
@@ -333,6 +331,7 @@ async def test_a_full_memory_store_makes_room_of_claims_whose_workers_crashed(cl
 
 def test_a_store_is_found_by_its_url_and_an_unknown_one_is_refused_without_its_password() -> None:
     assert isinstance(from_url("memory://"), MemoryStore)
+    assert isinstance(from_url("sqlite:///shop.db"), SharedStore)
 
     with pytest.raises(SetupError, match="no idempotency store for") as raised:
         from_url("mysql://user:hunter2@host/")

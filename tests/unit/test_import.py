@@ -12,7 +12,7 @@ import eventbus
 
 # Drivers, frameworks and stores: what only a user of that part of the bus pays for.
 HEAVY = {
-    *("aio_pika", "aiormq", "pamqp", "redis", "sqlalchemy"),
+    *("aio_pika", "aiormq", "pamqp", "redis", "sqlalchemy", "asyncpg", "aiosqlite"),
     *("fastapi", "starlette", "uvicorn", "httpx", "requests", "http.server"),
     *("typer", "click", "rich", "watchfiles"),
     *("opentelemetry.sdk", "opentelemetry.exporter", "cloudevents", "pythonjsonlogger"),
@@ -40,6 +40,18 @@ def test_using_every_public_name_loads_none_either() -> None:
 
 def test_the_embedded_broker_loads_none_either() -> None:
     assert loaded_by("import eventbus.transport; eventbus.transport.from_url('memory://')") & HEAVY == set()
+
+
+def test_the_memory_store_loads_none_either() -> None:
+    assert loaded_by("import eventbus.idempotency; eventbus.idempotency.from_url('memory://')") & HEAVY == set()
+
+
+def test_a_shared_store_loads_its_own_driver_only() -> None:
+    by_redis = loaded_by("import eventbus.idempotency; eventbus.idempotency.from_url('redis://localhost/')")
+    by_sqlite = loaded_by("import eventbus.idempotency; eventbus.idempotency.from_url('sqlite:///x.db')")
+
+    assert by_redis & {"redis", "sqlalchemy"} == {"redis"}
+    assert by_sqlite & {"redis", "sqlalchemy", "aiosqlite", "asyncpg"} == {"sqlalchemy", "aiosqlite"}
 
 
 def test_a_connection_to_rabbitmq_would_be_noticed() -> None:
