@@ -53,8 +53,8 @@ def bucket_of(key: str) -> int:
     return zlib.crc32(key.encode()) % BUCKETS
 
 
-def values_of(envelope: Envelope, *, due_ms: int | None, trace: Mapping[str, str]) -> dict[str, Any]:
-    """The columns of *envelope*'s row; what is not in it is the database's to fill in."""
+def values_of(envelope: Envelope, *, due_ms: object, trace: Mapping[str, str]) -> dict[str, Any]:
+    """The columns of *envelope*'s row; what is not in it is the database's to fill in (*due_ms* may be an expression)."""
     key = ordering_key(envelope)
     return {
         "bucket": bucket_of(envelope.id if key is None else key),
@@ -100,19 +100,19 @@ def trace_of(row: Row) -> dict[str, str]:
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
-def delay_left(row: Row, now: datetime) -> timedelta | None:
-    """How long *row*'s event is to be held back, from *now* on.
+def delay_left(row: Row) -> timedelta | None:
+    """How long *row*'s event is to be held back: what was left when it was read, so that it is never early.
 
     Raises:
         EnvelopeError: the column holds no number.
     """
-    due_ms = row.values["due_ms"]
+    due_ms, now_ms = row.values["due_ms"], row.values["now_ms"]  # both on the database's clock
     if due_ms is None:
         return None
     if not isinstance(due_ms, int):
         raise EnvelopeError("the column due_ms holds no whole number: write milliseconds since 1970")
     try:
-        left = timedelta(milliseconds=due_ms) - (now - _EPOCH)
+        left = timedelta(milliseconds=due_ms - now_ms)
     except OverflowError:
         raise EnvelopeError("the column due_ms lies millions of years away: write milliseconds since 1970") from None
     return left if left > timedelta(0) else None

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
 from uuid import uuid4
@@ -142,8 +142,10 @@ class Relay:
         """What keeps the outbox from being published, a line each; none if it is ready. Never waits."""
         if self._running is None:
             return ["starting: no broker has answered yet"]
-        if self._asked_to_stop.is_set() or self._running.done():
+        if self._asked_to_stop.is_set():
             return ["stopping: no more rows are read"]
+        if self._running.done():
+            return ["the relay has ended: the log says why"]
         if self._trouble is not None:
             return [f"outbox: {self._trouble}"]
         obstacle = self._sender.transport.obstacle()
@@ -310,7 +312,7 @@ async def _send(row: Row, sender: Sender) -> None:
         )
     envelope = envelope_of(row)
     with within(trace_of(row)):
-        await sender.send(envelope, delay_left(row, datetime.now(UTC)))
+        await sender.send(envelope, delay_left(row))
 
 
 async def relay_now(engine: AsyncEngine, sender: Sender) -> None:

@@ -6,7 +6,6 @@ holds its bucket. Whoever writes rows without this library needs nothing from he
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -107,10 +106,10 @@ async def write(connection: AsyncConnection, envelope: Envelope, delay: timedelt
     """
     check_type(envelope.type)
     headers_of(envelope)
-    due_ms: int | None = None
+    due_ms: ColumnElement[int] | None = None
     if delay is not None:
         way(delay, f"publish.{envelope.type}")
-        due_ms = time.time_ns() // 1_000_000 + -(-delay // timedelta(milliseconds=1))  # rounded up: never early
+        due_ms = now_ms() + -(-delay // timedelta(milliseconds=1)) + 1  # rounded up: never early
     trace: dict[str, object] = {}
     inject(trace)
     carried = {name: str(value) for name, value in trace.items()}
@@ -163,7 +162,11 @@ class Rows:
         data = type_coerce(case((size <= self._longest_bytes, OUTBOX.c.data)), NullType()).label("data")
         others = [column for column in OUTBOX.c if column.name != "data"]
         oldest = (
-            select(*others, data, size.label("size")).where(*conditions).order_by(OUTBOX.c.id).limit(limit).subquery()
+            select(*others, data, size.label("size"), now_ms().label("now_ms"))
+            .where(*conditions)
+            .order_by(OUTBOX.c.id)
+            .limit(limit)
+            .subquery()
         )
         loaded = func.coalesce(func.length(oldest.c.data), 0)
         counted = select(oldest, (func.sum(loaded).over(order_by=oldest.c.id) - loaded).label("before")).subquery()
