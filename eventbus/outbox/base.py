@@ -54,7 +54,7 @@ def bucket_of(key: str) -> int:
 
 
 def values_of(envelope: Envelope, *, due_ms: object, trace: Mapping[str, str]) -> dict[str, Any]:
-    """The columns of *envelope*'s row; what is not in it is the database's to fill in (*due_ms* may be an expression)."""
+    """The columns of *envelope*'s row; the rest is the database's to fill in (and *due_ms*, if it is an expression)."""
     key = ordering_key(envelope)
     return {
         "bucket": bucket_of(envelope.id if key is None else key),
