@@ -54,7 +54,7 @@ class Sender:
         self.transport = transport
         self.names = names
         self.telemetry = Telemetry(transport.broker, names)
-        self._longest_bytes = transport.broker.max_message_bytes
+        self.longest_bytes = transport.broker.max_message_bytes
         self._timeout_s = timeout.total_seconds()
         self._on_sent = on_sent
         self._said_unroutable: set[str] = set()
@@ -95,10 +95,10 @@ class Sender:
         """Raises:
         EnvelopeError: *envelope* is over a limit, and can never be sent.
         """
-        if len(envelope.data) > self._longest_bytes:
+        if len(envelope.data) > self.longest_bytes:
             raise EnvelopeError(
                 f"{envelope.type} {envelope.id} has {len(envelope.data)} bytes, and the broker takes "
-                f"{self._longest_bytes}: keep large things elsewhere and send a reference"
+                f"{self.longest_bytes}: keep large things elsewhere and send a reference"
             )
         check_type(envelope.type)
 

@@ -96,6 +96,8 @@ def envelope_of(row: Row) -> Envelope:
 
 def trace_of(row: Row) -> dict[str, str]:
     """The trace that the event was written in, as W3C's headers have it; empty without one."""
+    if row.values["traceparent"] is None:
+        return {}
     found = {name: row.values[name] for name in ("traceparent", "tracestate")}
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
@@ -131,6 +133,8 @@ def _time(value: object, created_ms: object) -> datetime:
 
 
 def _extensions(value: object) -> Mapping[str, Any]:
+    if value == "{}":  # as most are
+        return {}
     try:
         found = json.loads(value) if isinstance(value, str) else None
     except (ValueError, RecursionError):

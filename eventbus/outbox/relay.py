@@ -101,7 +101,7 @@ class Relay:
         )
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names)
-        self._rows = Rows(self._engine, self._holder, longest_bytes=transport.broker.max_message_bytes)
+        self._rows = Rows(self._engine, self._holder, longest_bytes=self._sender.longest_bytes)
         self._leases = Leases(self._engine, self._holder, lambda bucket: self._flow.is_idle(bucket))
         self._flow = Flow(lambda row: _send(row, self._sender), self._leases.generation)
         self._running = asyncio.get_running_loop().create_task(self._run(), name="eventbus relay")
@@ -304,10 +304,9 @@ class Relay:
 
 
 async def _send(row: Row, sender: Sender) -> None:
-    longest_bytes = sender.transport.broker.max_message_bytes
-    if row.size > longest_bytes:  # its data was not read
+    if row.size > sender.longest_bytes:  # its data was not read
         raise EnvelopeError(
-            f"it has {row.size} bytes, and the broker takes {longest_bytes}: "
+            f"it has {row.size} bytes, and the broker takes {sender.longest_bytes}: "
             "keep large things elsewhere and send a reference"
         )
     envelope = envelope_of(row)
@@ -319,7 +318,7 @@ async def relay_now(engine: AsyncEngine, sender: Sender) -> None:
     """Publish what waits, one row after the other: what a test has instead of a relay beside it."""
     holder = uuid4().hex
     leases = Leases(engine, holder, lambda _: True)
-    rows = Rows(engine, holder, longest_bytes=sender.transport.broker.max_message_bytes)
+    rows = Rows(engine, holder, longest_bytes=sender.longest_bytes)
     await leases.look()
     while waiting := await rows.waiting(range(BUCKETS), limit=BATCH, without_ids=(), without_keys=()):
         set_aside: dict[int, str] = {}
