@@ -6,7 +6,9 @@ SQLAlchemy, so that Alembic can look after them as well. SQLite and PostgreSQL; 
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
+from typing import Any  # Any: what a driver takes
 
 from eventbus.errors import SetupError, StoreError, hide_password
 
@@ -16,6 +18,7 @@ try:
         CheckConstraint,
         Column,
         Connection,
+        Dialect,
         Index,
         Integer,
         LargeBinary,
@@ -186,9 +189,16 @@ def _postgresql(url: str) -> AsyncEngine:
 def _sqlite(url: str) -> AsyncEngine:
     parsed = make_url(url).set(drivername="sqlite+aiosqlite")
     engine = create_async_engine(parsed, pool_size=1, max_overflow=0, hide_parameters=True)
+    event.listen(engine.sync_engine, "do_connect", _try_sqlite)
     event.listen(engine.sync_engine, "connect", _configure_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_immediate)
     return engine
+
+
+def _try_sqlite(_: Dialect, __: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    # A file that cannot be opened is found out here: aiosqlite's thread would outlive the failure, meet a closed event
+    # loop where the program ends for it, and print a traceback.
+    sqlite3.connect(*arguments, **options).close()
 
 
 def _configure_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:

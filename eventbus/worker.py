@@ -8,6 +8,7 @@ of a stop: take nothing more, settle what was taken, hand back the rest, leave l
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -448,6 +449,10 @@ async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, on_signal)
     try:
         async with worker:
+            # What was loaded lives as long as the process, which is ours here. Without this every full collection walks
+            # through it, and there are many: behind a shared store hundreds of events are on their way at once.
+            gc.collect()
+            gc.freeze()
             for line in [] if signals else [*worker._describe(), "ready"]:
                 announce(line)
             await worker.wait()
