@@ -49,6 +49,7 @@ SWEEP_S = 60.0
 AGAIN_S = 1.0  # after the database did not answer
 ANSWER_S = 30.0  # a database that is silent for longer does not answer
 GRACE_S = 10.0  # for what is on its way when the relay is left
+CANCEL_AGAIN_S = 1.0  # what goes on although it was cancelled
 # Readiness is red when a row has waited for longer.
 LATE = timedelta(minutes=1)
 
@@ -170,11 +171,11 @@ class Relay:
                 others = [tasks.create_task(loop()) for loop in loops]
                 feeding = tasks.create_task(self._feed())
                 await self._asked_to_stop.wait()
-                feeding.cancel()
+                await _end(feeding)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._flow.is_empty.wait(), GRACE_S)
-                for other in others:
-                    other.cancel()
+                    async with asyncio.timeout(GRACE_S):
+                        await self._flow.is_empty.wait()
+                await _end(*others)
         except Exception:
             log.exception("the relay ends: a bug of its own")  # whoever waits for it learns it, too, but later
             raise
@@ -195,7 +196,10 @@ class Relay:
             except _Away:
                 await asyncio.sleep(AGAIN_S)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), poll_s)
+                # Not `wait_for`: Python 3.11's forgets that it was cancelled where what it waits for comes as well, and
+                # a relay is mostly left just after rows were marked, which sets this event.
+                async with asyncio.timeout(poll_s):
+                    await self._wake.wait()
 
     async def _read(self) -> bool:
         """Take the rows that wait; whether there may be more at once."""
@@ -301,6 +305,15 @@ class Relay:
             self._trouble = None
             log.info("the relay's database answers again")
         return answer
+
+
+async def _end(*tasks: asyncio.Task[None]) -> None:
+    """Cancel *tasks* until they have ended: SQLAlchemy loses a cancellation while it closes a broken connection."""
+    going_on = set(tasks)
+    while going_on:
+        for task in going_on:
+            task.cancel()
+        _, going_on = await asyncio.wait(going_on, timeout=CANCEL_AGAIN_S)
 
 
 async def _send(row: Row, sender: Sender) -> None:

@@ -28,6 +28,7 @@ from tests.rig import until
 from tests.stores import StoreServer
 
 LONG_S = 3600.0
+ENDS_S = 10.0
 A_DAY = timedelta(days=1)
 
 
@@ -529,6 +530,67 @@ async def test_leaving_marks_what_was_confirmed(engine: AsyncEngine) -> None:
         marked = {row["event_id"] for row in await rows_of(engine) if row["published_ms"] is not None}
 
         assert marked == {envelope.id for envelope in arrived.envelopes}
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_relay_that_is_left_as_rows_are_marked_ends_at_once(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    monkeypatch.setattr(relay_module, "CANCEL_AGAIN_S", LONG_S)
+    monkeypatch.setattr(relay_module, "POLL_S", LONG_S)
+    mark, stopped = Rows.mark, asyncio.Event()
+
+    async def mark_and_stop(self: Rows, **what: Any) -> int:
+        marked = await mark(self, **what)
+        stop_in(turns)
+        return marked
+
+    def stop_in(turns: int) -> None:
+        if turns:  # of the event loop: those waiting are told one after the other
+            asyncio.get_running_loop().call_soon(stop_in, turns - 1)
+        else:
+            relay.stop()
+            stopped.set()
+
+    monkeypatch.setattr(Rows, "mark", mark_and_stop)
+    engine = open_engine(sqlite_url)
+    await create(engine)
+    await place(engine, 1)
+    relay = Relay(engine, url=new_broker())
+    async with asyncio.timeout(ENDS_S), relay:
+        await stopped.wait()
+
+    assert await waiting(engine) == 0
+    await engine.dispose()
+
+
+async def test_a_relay_ends_though_its_database_loses_a_cancellation(
+    sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_module, "CANCEL_AGAIN_S", 0.01)
+    asked = list[str]()
+
+    def loses(what: str) -> Callable[..., Any]:
+        async def ask(*_: object, **__: object) -> None:
+            asked.append(what)
+            try:
+                await asyncio.sleep(LONG_S)
+            except asyncio.CancelledError:
+                if asked.count(what) == 1:
+                    raise OSError from None
+                raise
+
+        return ask
+
+    monkeypatch.setattr(Rows, "waiting", loses("rows"))
+    monkeypatch.setattr(Rows, "lag", loses("lag"))
+    engine = open_engine(sqlite_url)
+    await create(engine)
+    async with asyncio.timeout(ENDS_S), Relay(engine, url=new_broker()) as relay:
+        await until(lambda: set(asked) == {"rows", "lag"})
+
+    assert not relay.is_running
+    await engine.dispose()
 
 
 async def test_an_engine_of_ones_own_making_will_do(tmp_path: Path) -> None:
