@@ -54,7 +54,7 @@ class Sender:
         self.transport = transport
         self.names = names
         self.telemetry = Telemetry(transport.broker, names)
-        self._longest_bytes = transport.broker.max_message_bytes
+        self.longest_bytes = transport.broker.max_message_bytes
         self._timeout_s = timeout.total_seconds()
         self._on_sent = on_sent
         self._said_unroutable: set[str] = set()
@@ -95,15 +95,12 @@ class Sender:
         """Raises:
         EnvelopeError: *envelope* is over a limit, and can never be sent.
         """
-        if len(envelope.data) > self._longest_bytes:
+        if len(envelope.data) > self.longest_bytes:
             raise EnvelopeError(
                 f"{envelope.type} {envelope.id} has {len(envelope.data)} bytes, and the broker takes "
-                f"{self._longest_bytes}: keep large things elsewhere and send a reference"
+                f"{self.longest_bytes}: keep large things elsewhere and send a reference"
             )
-        if len(envelope.type.encode()) > LONGEST_TYPE_BYTES:
-            raise EnvelopeError(
-                f"the type {envelope.type[:60]!r}... is too long for a routing key: at most {LONGEST_TYPE_BYTES} bytes"
-            )
+        check_type(envelope.type)
 
     async def retry(self, service: str, message: Message, delay: timedelta) -> None:
         """Let *message* come to the service's retry queue after *delay*.
@@ -163,6 +160,16 @@ class Sender:
             log.warning("nobody subscribes to %s: it was stored nowhere", envelope.type, extra=fields(envelope))
 
 
+def check_type(type_: str) -> None:
+    """Raises:
+    EnvelopeError: no event of *type_* could be routed.
+    """
+    if len(type_.encode()) > LONGEST_TYPE_BYTES:
+        raise EnvelopeError(
+            f"the type {type_[:60]!r}... is too long for a routing key: at most {LONGEST_TYPE_BYTES} bytes"
+        )
+
+
 def _publish_error(error: NotPublished, envelope: Envelope) -> PublishError:
     kind = PublishTimeout if error.timed_out else PublishError
     stored = "it may have been stored" if error.maybe_stored else "it was not stored"
@@ -205,7 +212,7 @@ class Bus:
             raise SetupError("this bus is connected already: enter it once, and share it")
         settings = Settings.load()
         names = Names(self._namespace or settings.namespace)
-        self._source = self._given_source or settings.source or _source_of_this_program()
+        self._source = self._given_source or settings.source or source_of_this_program()
         check_source(self._source)
         transport = from_url(
             self._url or settings.url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane
@@ -244,7 +251,7 @@ class Bus:
         if delay is not None and require_subscriber:
             raise ValueError("whether a delayed event will find a subscriber cannot be known when it is published")
         sender = self._connected()
-        envelope = self._enclose(event, id, subject, extensions)
+        envelope = enclosed(event, self._source, id=id, subject=subject, extensions=extensions)
         await sender.send(envelope, delay, require_subscriber=require_subscriber)
         return envelope
 
@@ -259,7 +266,7 @@ class Bus:
             EnvelopeError: one of them can never be sent.
         """
         sender = self._connected()
-        envelopes = [self._enclose(event, None, None, None) for event in events]
+        envelopes = [enclosed(event, self._source) for event in events]
         for envelope in envelopes:
             sender.check(envelope)
         failed: dict[int, PublishError] = {}
@@ -273,37 +280,44 @@ class Bus:
             raise PartlyPublished(message, published=published, failed=[failed[i] for i in sorted(failed)])
         return envelopes
 
-    def _enclose(
-        self,
-        event: Event | Envelope,
-        id: str | None,
-        subject: str | None,
-        extensions: Mapping[str, str | int | bool] | None,
-    ) -> Envelope:
-        if isinstance(event, Envelope):
-            if id is None and subject is None and extensions is None:
-                return event
-            return replace(
-                event,
-                id=event.id if id is None else id,
-                subject=event.subject if subject is None else subject,
-                extensions={**event.extensions, **(extensions or {})},
-            )
-        if not isinstance(event, Event):
-            raise EnvelopeError(f"{type(event).__name__} is neither an Event nor an Envelope: subclass eventbus.Event")
-        return enclose(
-            event,
-            id=id if id is not None else _new_id(),
-            source=self._source,
-            time=datetime.now(UTC),
-            subject=subject,
-            extensions=extensions,
-        )
-
     def _connected(self) -> Sender:
         if self._sender is None:
             raise SetupError("the bus is not connected: use it inside `async with Bus(...) as bus:`")
         return self._sender
+
+
+def enclosed(
+    event: Event | Envelope,
+    source: str,
+    *,
+    id: str | None = None,
+    subject: str | None = None,
+    extensions: Mapping[str, str | int | bool] | None = None,
+) -> Envelope:
+    """The envelope that a publisher at *source* sends for *event*, with a random id unless one is given.
+
+    Raises:
+        EnvelopeError: it does not serialise, or is no event.
+    """
+    if isinstance(event, Envelope):
+        if id is None and subject is None and extensions is None:
+            return event
+        return replace(
+            event,
+            id=event.id if id is None else id,
+            subject=event.subject if subject is None else subject,
+            extensions={**event.extensions, **(extensions or {})},
+        )
+    if not isinstance(event, Event):
+        raise EnvelopeError(f"{type(event).__name__} is neither an Event nor an Envelope: subclass eventbus.Event")
+    return enclose(
+        event,
+        id=id if id is not None else _new_id(),
+        source=source,
+        time=datetime.now(UTC),
+        subject=subject,
+        extensions=extensions,
+    )
 
 
 async def _send_from(queue: Iterator[tuple[int, Envelope]], sender: Sender, failed: dict[int, PublishError]) -> None:
@@ -328,7 +342,7 @@ def _new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-def _source_of_this_program() -> str:
+def source_of_this_program() -> str:
     return f"/programs/{quote(PurePath(sys.argv[0]).stem) or 'python'}"
 
 

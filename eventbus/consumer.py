@@ -12,17 +12,18 @@ import contextvars
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
 from eventbus import message as header
 from eventbus.bus import Sender
 from eventbus.clock import Clock, Timer
-from eventbus.context import Context
+from eventbus.context import AlreadyDone, Context, Unit
 from eventbus.delivery import (
     Ack,
     Again,
@@ -50,6 +51,9 @@ from eventbus.slots import Slots
 from eventbus.telemetry import fields
 from eventbus.transport.base import Delivery, NotPublished, Unpublishable
 
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
 log = logging.getLogger("eventbus.delivery")
 
 FIRST_BACKOFF_S = 0.1
@@ -72,6 +76,7 @@ class Environment:
     store: IdempotencyStore
     clock: Clock
     on_trouble: Callable[[str], None]  # consuming must pause; called with why
+    on_committed: Callable[[AsyncEngine], Awaitable[None]] | None = None  # a handler's transaction; where no relay runs
     jitter: Callable[[], float] = lambda: random.uniform(-1.0, 1.0)
 
 
@@ -165,6 +170,7 @@ class ServiceConsumer:
         self.state: object = None  # what the lifespan yielded; set before the first delivery
         self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
         self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
+        self._identities = {name: (service.name, name, service.source) for name in self._subscriptions}
         self._environment = environment
         self._slots = Slots(service.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -318,13 +324,14 @@ class ServiceConsumer:
             return await self._freed(run, Failed(f"its worker ended {crashes} times in the middle of it"))
         is_recording = self._environment.sender.telemetry.is_recording
         outcome = await (self._recorded(run) if is_recording else self._handled(run))
-        if outcome is not _HANDLED:
+        # A duplicate that the inbox knew is work that is done, too.
+        if outcome is not _HANDLED and not isinstance(outcome, Duplicate):
             return await self._freed(run, outcome)
         try:
             is_ours = await store.complete(run.key, run.token, KEEP_DONE)
         except StoreError as error:
-            return await self._complete_later(run, error)
-        return _HANDLED if is_ours else self._claim_lost(run)
+            return await self._complete_later(run, outcome, error)
+        return outcome if is_ours else self._claim_lost(run)
 
     async def _recorded(self, run: _Run) -> Outcome:
         """`_handled`, with a span and its measures."""
@@ -334,7 +341,7 @@ class ServiceConsumer:
             queue=work.delivery.queue, handler=run.subscription.handler, attempt=work.attempt,
         ) as processing:  # fmt: skip
             outcome = await self._handled(run)
-            if outcome is not _HANDLED:
+            if not isinstance(outcome, Handled | Duplicate):
                 processing.error_type = outcome.kind if isinstance(outcome, Failed) else type(outcome).__name__
             return outcome
 
@@ -342,9 +349,10 @@ class ServiceConsumer:
         return Context(
             run.envelope,
             attempt=run.work.attempt,
-            identity=(self.service.name, run.subscription.handler, self.service.source),
+            identity=self._identities[run.subscription.handler],
             state=self.state,
             publish=self._environment.sender.send,
+            inbox=(self._open_unit, run.key),
         )
 
     async def _handled(self, run: _Run) -> Outcome:
@@ -376,6 +384,12 @@ class ServiceConsumer:
             self._say_handled(run, self._environment.clock.monotonic_s() - began_s)
         return _HANDLED
 
+    def _open_unit(self, state: object, key: str) -> AbstractAsyncContextManager[Unit]:
+        from eventbus.outbox.inbox import open_unit  # only handlers that ask for a transaction need a database
+
+        environment = self._environment
+        return open_unit(state, key, check=environment.sender.check, committed=environment.on_committed)
+
     async def _freed(self, run: _Run, outcome: Outcome) -> Outcome:
         """*outcome*, with the claim given back."""
         try:
@@ -384,7 +398,7 @@ class ServiceConsumer:
             log.warning("a claim could not be given back, it ends with its lease: %s", error)
         return outcome
 
-    async def _complete_later(self, run: _Run, error: StoreError) -> Outcome:
+    async def _complete_later(self, run: _Run, outcome: Outcome, error: StoreError) -> Outcome:
         """Try until the lease ends: the work is done, and not recording it would do it twice."""
         clock = self._environment.clock
         deadline = clock.monotonic_s() + LEASE.total_seconds()
@@ -395,7 +409,7 @@ class ServiceConsumer:
             await asyncio.sleep(backoff_s)
             try:
                 is_ours = await self._environment.store.complete(run.key, run.token, KEEP_DONE)
-                return _HANDLED if is_ours else self._claim_lost(run)
+                return outcome if is_ours else self._claim_lost(run)
             except StoreError as again:
                 error = again
         return StoreDown(str(error))
@@ -558,6 +572,8 @@ def _outcome_of_error(error: BaseException, run: _Run) -> Outcome:
         _current_task().uncancel()
         return run.cancelled_because
     match error:
+        case AlreadyDone():
+            return Duplicate()
         case Reject():
             return Refused("rejected", text_of(error) or "rejected without a reason")
         case RetryLater(delay=delay):

@@ -15,14 +15,18 @@ from eventbus.errors import SetupError, StoreError, hide_password
 try:
     from sqlalchemy import (
         BigInteger,
+        CheckConstraint,
         Column,
         Connection,
         Dialect,
         Index,
         Integer,
+        LargeBinary,
         MetaData,
+        SmallInteger,
         String,
         Table,
+        Text,
         event,
         insert,
         make_url,
@@ -34,7 +38,9 @@ try:
     from sqlalchemy.exc import ArgumentError, DBAPIError, ProgrammingError, SQLAlchemyError
     from sqlalchemy.exc import OperationalError as CannotRun
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+    from sqlalchemy.ext.compiler import compiles
     from sqlalchemy.pool import ConnectionPoolEntry
+    from sqlalchemy.sql.functions import FunctionElement
 except ModuleNotFoundError as error:
     raise SetupError(f"a database needs {error.name}: pip install 'eventbus[sql]'") from error
 
@@ -44,6 +50,28 @@ except ModuleNotFoundError as error:
 SCHEMA_VERSION = 1
 
 METADATA = MetaData()
+
+
+class now_ms(FunctionElement[int]):  # noqa: N801  # a function of SQL
+    """Milliseconds since 1970, on the database's clock."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(now_ms, "postgresql")
+def _now_ms_of_postgresql(*_: object, **__: object) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"
+
+
+@compiles(now_ms, "sqlite")
+def _now_ms_of_sqlite(*_: object, **__: object) -> str:
+    return "(CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER))"
+
+
+def _partial_index(name: str, column: str, where: str) -> Index:
+    return Index(name, column, postgresql_where=text(where), sqlite_where=text(where))
+
 
 # One row.
 SCHEMA = Table("eventbus_schema", METADATA, Column("version", Integer, primary_key=True, autoincrement=False))
@@ -61,9 +89,66 @@ KEYS = Table(
     Index("eventbus_keys_expires_ms", "expires_ms"),  # for cleaning up
 )
 
+# The transactional inbox: what has been handled, written in the transaction that handled it.
+INBOX = Table(
+    "eventbus_inbox",
+    METADATA,
+    Column("key", String(32).with_variant(VARCHAR(32, collation="C"), "postgresql"), primary_key=True),  # as above
+    Column("done_ms", BigInteger, nullable=False, server_default=now_ms()),
+    Index("eventbus_inbox_done_ms", "done_ms"),  # for cleaning up
+)
+
+# The outbox: events that leave once the transaction that wrote them is committed. Any program may write here; the
+# README says what each column means.
+OUTBOX = Table(
+    "eventbus_outbox",
+    METADATA,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column(
+        "bucket",
+        SmallInteger,
+        CheckConstraint("bucket BETWEEN 0 AND 15", name="eventbus_outbox_bucket"),
+        nullable=False,
+        server_default="0",
+    ),
+    Column("ordering_key", Text),
+    Column("event_id", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("time", Text),
+    Column("subject", Text),
+    Column("datacontenttype", Text, server_default="application/json"),
+    Column("dataschema", Text),
+    Column("extensions", Text, nullable=False, server_default="{}"),
+    Column("traceparent", Text),
+    Column("tracestate", Text),
+    Column("data", LargeBinary, nullable=False),
+    Column("created_ms", BigInteger, nullable=False, server_default=now_ms()),
+    Column("due_ms", BigInteger),
+    Column("published_ms", BigInteger),
+    Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("error", Text),
+    # Each holds only the rows that it is about: the table is mostly what has been published.
+    _partial_index("eventbus_outbox_waiting", "id", "published_ms IS NULL AND error IS NULL"),
+    _partial_index("eventbus_outbox_set_aside", "id", "error IS NOT NULL"),
+    _partial_index("eventbus_outbox_published_ms", "published_ms", "published_ms IS NOT NULL"),
+    sqlite_autoincrement=True,  # an id is not used again when the last rows are deleted
+)
+
+# Which relay reads which bucket of the outbox, and which relays there are.
+LEASES = Table(
+    "eventbus_leases",
+    METADATA,
+    Column("name", String(64).with_variant(VARCHAR(64, collation="C"), "postgresql"), primary_key=True),
+    Column("holder", String(40), nullable=False),
+    Column("ends_ms", BigInteger, nullable=False),
+)
+
 # ── opening ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CONNECT_TIMEOUT_S = 10
+# An execution option: this transaction writes nothing, and need not wait for the one that does.
+ONLY_READS = "eventbus_only_reads"
 
 
 def open_engine(url: str) -> AsyncEngine:
@@ -127,7 +212,8 @@ def _configure_sqlite(connection: DBAPIConnection, _: ConnectionPoolEntry) -> No
 
 
 def _begin_immediate(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    only_reads = connection.get_execution_options().get(ONLY_READS, False)
+    connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
 
 
 # ── making and checking the tables ────────────────────────────────────────────────────────────────────────────────────
@@ -176,7 +262,7 @@ async def check(engine: AsyncEngine) -> None:
             for table in METADATA.sorted_tables:
                 await connection.execute(select(table).limit(0))
     except (SQLAlchemyError, OSError, TimeoutError) as error:
-        raise (_no_tables(engine) if _is_of_a_missing_table(error) else error_of(error, engine)) from error
+        raise error_of(error, engine) from error
 
 
 async def _version(connection: AsyncConnection) -> int | None:
@@ -197,6 +283,8 @@ _NO_SUCH_TABLE, _NO_SUCH_COLUMN = "42P01", "42703"
 
 def error_of(error: Exception, engine: AsyncEngine) -> SetupError | StoreError:
     """What a driver's *error* means. Without what the driver quotes of the data."""
+    if _is_of_a_missing_table(error):
+        return _no_tables(engine)
     where, state = shown(engine), state_of(error)
     if state.startswith(_SETUP_STATES):
         return SetupError(f"{where}: {_what(error)}")

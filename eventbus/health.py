@@ -306,11 +306,29 @@ async def served(worker: Worker, watchdog: Watchdog, host: str, port: int) -> As
         SetupError: that address cannot be had.
     """
 
+    async with told(lambda: problems_of(worker), lambda: probes_of(worker), watchdog, host, port) as url:
+        yield url
+
+
+@asynccontextmanager
+async def told(
+    problems: Callable[[], Sequence[str]],
+    probes: Callable[[], Mapping[str, Probe]],
+    watchdog: Watchdog,
+    host: str,
+    port: int,
+) -> AsyncIterator[str]:
+    """Tell at *host* and *port* what *problems* and *probes* say, of whatever runs here; gives the URL.
+
+    Raises:
+        SetupError: that address cannot be had.
+    """
+
     def live() -> Sequence[str]:
         blockage = watchdog.blockage()
         return [] if blockage is None else [blockage]
 
-    readiness = Readiness(lambda: problems_of(worker), lambda: probes_of(worker))
+    readiness = Readiness(problems, probes)
     async with (
         readiness.looking(),
         answering(host, port, live=live, ready=lambda: live() or readiness.problems()) as url,

@@ -21,6 +21,7 @@ _REMEDY = {
     "namespace": "lower-case letters, digits, - and _, like 'events'",
     "source": "an URI reference without spaces, like /services/orders",
     "idempotency": "an URL, like memory://, redis://host or postgresql://user:password@host/database",
+    "database": "an URL, like postgresql://user:password@host/database or sqlite:///path",
     "declare": "apply, verify or never",
     "lane": "on or off",
     "max_message_bytes": "a whole number of bytes from 1",
@@ -28,7 +29,7 @@ _REMEDY = {
     "log": "console or json",
     "log_level": "debug, info, warning or error",
 }
-_SECRET = frozenset({"url", "idempotency", "management_url"})
+_SECRET = frozenset({"url", "database", "idempotency", "management_url"})
 
 
 def _lower(value: object) -> object:
@@ -47,6 +48,8 @@ class Settings(BaseModel):
     namespace: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$")] = "events"
     source: Annotated[str, Field(pattern=r"^\S+$")] | None = None
     idempotency: _Url = Field(default="memory://", repr=False)
+    # Where `eventbus relay` finds the outbox.
+    database: _Url | None = Field(default=None, repr=False)
     declare: Annotated[Literal["apply", "verify", "never"], BeforeValidator(_lower)] = "apply"
     # Off: events through the AMQP client, several times slower: a way back should a client release break the lane.
     lane: Annotated[Literal["on", "off"], BeforeValidator(_lower)] = "on"

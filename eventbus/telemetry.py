@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 from opentelemetry import context as otel_context
@@ -83,6 +84,11 @@ class Telemetry:
         )  # fmt: skip
         self._sent = meter.create_counter("messaging.client.sent.messages", "{message}", "Messages published")
         self._consumed = meter.create_counter("messaging.client.consumed.messages", "{message}", "Deliveries taken")
+        self._outbox_rows = meter.create_gauge("eventbus.outbox.rows", "{row}", "Rows that wait to be published")
+        self._outbox_age = meter.create_gauge("eventbus.outbox.age", "s", "For how long the oldest of them has waited")
+        self._outbox_set_aside = meter.create_gauge(
+            "eventbus.outbox.set_aside", "{row}", "Rows that can never be published, and wait to be mended"
+        )
         self._unroutable = meter.create_counter("eventbus.unroutable", "{message}", "Published, but no queue took it")
 
     @contextmanager
@@ -201,6 +207,12 @@ class Telemetry:
         """Count one event that no queue took."""
         self._unroutable.add(1, {"messaging.destination.name": f"{self._names.events}:{type_}"})
 
+    def outbox(self, rows: int, oldest: timedelta, set_aside: int) -> None:
+        """Say how far the outbox's relays are behind."""
+        self._outbox_rows.set(rows)
+        self._outbox_age.set(oldest.total_seconds())
+        self._outbox_set_aside.set(set_aside)
+
     def _attributes(self, operation: str, destination: str) -> Attributes:
         """Of a destination. Nobody may change them."""
         known = self._known.get((operation, destination))
@@ -232,6 +244,20 @@ def write_context(context: trace.SpanContext, headers: dict[str, object]) -> Non
     if _ORIGIN_PREFIX + "traceparent" not in headers:
         for name, value in carrier.items():
             headers[_ORIGIN_PREFIX + name] = value
+
+
+@contextmanager
+def within(carrier: Mapping[str, object]) -> Iterator[None]:
+    """Belong to the trace that *carrier* names, if it does, until the block is left."""
+    parent = _extract(carrier, "")
+    if parent is None:
+        yield
+        return
+    token = otel_context.attach(parent)
+    try:
+        yield
+    finally:
+        otel_context.detach(token)
 
 
 def _extract(headers: Mapping[str, object], prefix: str) -> otel_context.Context | None:

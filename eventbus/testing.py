@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from uuid import uuid4
 
 from eventbus.bus import Sender
 from eventbus.clock import VirtualClock
-from eventbus.context import Context
+from eventbus.context import Context, Unit
 from eventbus.dead_letters import DeadLetter, read
 from eventbus.delay import LONGEST, way
 from eventbus.envelope import Envelope, enclose
@@ -29,6 +30,9 @@ from eventbus.transport.base import Transport
 from eventbus.transport.memory import MemoryTransport
 from eventbus.transport.memory_broker import MemoryBroker
 from eventbus.worker import Engine
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 __all__ = ["Harness", "RecordedContext", "context"]
 
@@ -48,6 +52,16 @@ class RecordedContext(Context[S_], Generic[S_]):
     """A context for calling a handler directly; `published` lists what it published, in order."""
 
     published: list[Event]
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncSession]:
+        before = len(self.published)
+        try:
+            async with super().transaction() as session:
+                yield session
+        except BaseException:
+            del self.published[before:]  # they were rolled back
+            raise
 
     async def publish(
         self,
@@ -70,13 +84,24 @@ async def _nowhere(envelope: Envelope, delay: timedelta | None) -> None:
         way(delay, f"publish.{envelope.type}")
 
 
+def _open_unit(state: object, key: str) -> AbstractAsyncContextManager[Unit]:
+    from eventbus.outbox.inbox import open_unit
+
+    return open_unit(state, key, check=lambda _: None)
+
+
 def context(event: Event | None = None, *, state: S_ = None, attempt: int = 1) -> RecordedContext[S_]:  # type: ignore[assignment]  # no state: None
-    """A context for a unit test of a handler: `ctx = context(event, state=...); await handler(event, ctx)`."""
+    """A context for a unit test of a handler: `ctx = context(event, state=...); await handler(event, ctx)`.
+
+    A handler that uses `context.transaction()` gets a real one: give `state=` an engine on a fresh SQLite file that
+    `await eventbus.database.create(engine)` has put the tables into. What is rolled back is not in `published`.
+    """
     caused_by = event if event is not None else _NoEvent()
     envelope = enclose(caused_by, id=str(uuid4()), source=SOURCE, time=datetime.now(UTC))
     recorded = RecordedContext(
-        envelope, attempt=attempt, identity=("test", "test", SOURCE), state=state, publish=_nowhere
-    )
+        envelope, attempt=attempt, identity=("test", "test", SOURCE), state=state, publish=_nowhere,
+        inbox=(_open_unit, f"test {envelope.id}"),
+    )  # fmt: skip
     recorded.published = []
     return recorded
 
@@ -98,6 +123,7 @@ class Harness:
         self._published: list[Envelope] = []
         self._attempts: Counter[tuple[str, str]] = Counter()
         self._seen: set[str] = set()
+        self._relaying = asyncio.Lock()  # one at a time, so that nothing is published twice
         self._sender: Sender | None = None
         self._engine: Engine | None = None
 
@@ -110,7 +136,10 @@ class Harness:
         await self._transport.open(shared(self._names), "apply")
         self._sender = Sender(self._transport, self._names, on_sent=self._published.append)
         try:
-            self._engine = Engine(self._services, self._sender, self._store, clock=self._clock, jitter=lambda: 0.0)
+            self._engine = Engine(
+                self._services, self._sender, self._store,
+                clock=self._clock, jitter=lambda: 0.0, on_committed=self._relay,
+            )  # fmt: skip
             for consumer in self._engine.consumers:
                 consumer.on_attempt = self._count
             await self._engine.start()
@@ -196,6 +225,14 @@ class Harness:
 
     def _count(self, service: str, handler: str) -> None:
         self._attempts[service, handler] += 1
+
+    async def _relay(self, engine: AsyncEngine) -> None:
+        """What a handler's transaction wrote to the outbox leaves at once: no relay runs beside a harness."""
+        from eventbus.outbox.relay import relay_now
+
+        sender, _ = self._running()
+        async with self._relaying:
+            await relay_now(engine, sender)
 
     def _is_anything_waiting(self) -> bool:
         kept = {self._names.undeliverable, *(self._names.dead_queue(service.name) for service in self._services)}

@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
 from eventbus.bus import Sender, open_or_close
@@ -34,6 +34,9 @@ from eventbus.settings import Settings
 from eventbus.topology import Names, Topology, merge, of_service, shared
 from eventbus.transport import from_url
 from eventbus.transport.base import Consumer, Declare, Source
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 log = logging.getLogger("eventbus.worker")
 
@@ -70,14 +73,16 @@ class Engine:
         declare: Declare = "apply",
         clock: Clock | None = None,
         jitter: Callable[[], float] | None = None,
+        on_committed: Callable[[AsyncEngine], Awaitable[None]] | None = None,
     ) -> None:
+        """*on_committed* is called after the transaction of a handler, where no relay looks at its outbox."""
         self._subscriptions = check_all(services)
         self._topology = topology_of(sender.names, self._subscriptions)
         self._sender = sender
         # Ours keep to the port by themselves.
         self._store = store if isinstance(store, MemoryStore | SharedStore) else OnlyStoreErrors(store)
         self._declare = declare
-        environment = Environment(sender, self._store, clock or SystemClock(), self._trouble)
+        environment = Environment(sender, self._store, clock or SystemClock(), self._trouble, on_committed)
         if jitter is not None:
             environment = replace(environment, jitter=jitter)
         self.consumers = [ServiceConsumer(s, self._subscriptions[s.name], environment) for s in services]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from eventbus.cli import dead, demo, output, publish, run, store, tail, topology, undeliverable, version
+from eventbus.cli import dead, demo, outbox, output, publish, relay, run, store, tail, topology, undeliverable, version
 
 app = typer.Typer(
     name="eventbus",
@@ -43,6 +43,7 @@ def eventbus(
 
 
 app.command("run", epilog="Example: eventbus run shop.payments:service shop.mails:service --log json")(run.run)
+app.command("relay", epilog="Example: eventbus relay --database postgresql://orders@localhost/orders")(relay.relay)
 app.command("demo", epilog="Example: eventbus demo --url amqp://guest:guest@localhost/")(demo.demo)
 app.command("publish", epilog="""Example: eventbus publish order_placed '{"total": 12}' --schemas shop.schemas""")(
     publish.publish
@@ -50,6 +51,7 @@ app.command("publish", epilog="""Example: eventbus publish order_placed '{"total
 app.command("tail", epilog="Example: eventbus tail order_placed --json --data | jq .data")(tail.tail)
 app.add_typer(topology.app, name="topology")
 app.add_typer(dead.app, name="dead")
+app.add_typer(outbox.app, name="outbox")
 app.add_typer(undeliverable.app, name="undeliverable")
 app.add_typer(store.app, name="store")
 app.command("version", epilog="Example: eventbus version --json")(version.version)

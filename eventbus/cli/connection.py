@@ -31,6 +31,14 @@ Url = Annotated[
 Namespace = Annotated[
     str | None, typer.Option("--namespace", metavar="NAME", help="What its queues' names begin with (events)")
 ]
+Database = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        metavar="URL",
+        help="Where the outbox is: postgresql://user:password@host/database or sqlite:///path (EVENTBUS_DATABASE)",
+    ),
+]
 ManagementUrl = Annotated[
     str | None,
     typer.Option(
@@ -79,6 +87,21 @@ def broker_url(url: str | None, settings: Settings) -> str:
     if found is None:
         raise SetupError(
             "no broker: give --url amqp://USER:PASSWORD@HOST/, or set EVENTBUS_URL in the environment or in .env"
+        )
+    return found
+
+
+def database_url(url: str | None, settings: Settings) -> str:
+    """*url*, or what the environment says.
+
+    Raises:
+        SetupError: nobody says.
+    """
+    found = url or settings.database
+    if found is None:
+        raise SetupError(
+            "no database: give --database postgresql://USER:PASSWORD@HOST/DATABASE, or set EVENTBUS_DATABASE in the "
+            "environment or in .env"
         )
     return found
 

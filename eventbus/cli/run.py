@@ -52,7 +52,7 @@ def run(
     """
     settings = read_settings()
     url = broker_url(url, settings)
-    address = None if health is None else _host_and_port(health)
+    address = None if health is None else host_and_port(health)
     if reload:
         from eventbus.cli.reload import run_and_reload
 
@@ -71,7 +71,7 @@ def run(
     run_to_the_end(_serve(worker, address))
 
 
-def _host_and_port(text: str) -> tuple[str, int]:
+def host_and_port(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise output.WrongUsage(f"--health {text!r} is no HOST:PORT: give one like 127.0.0.1:8081")

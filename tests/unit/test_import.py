@@ -68,3 +68,14 @@ def test_what_is_loaded_on_demand_is_what_type_checkers_are_told() -> None:
 
     assert told == set(eventbus._HOME.items())
     assert {name for name, _ in told} == set(eventbus.__all__)
+
+
+def test_whoever_lacks_sqlalchemy_is_told_what_to_install() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['sqlalchemy'] = None; import eventbus.outbox"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert "SetupError: a database needs sqlalchemy: pip install 'eventbus[sql]'" in done.stderr

@@ -51,6 +51,7 @@ def test_every_setting_has_its_variable(setenv: Setenv) -> None:
         EVENTBUS_NAMESPACE="shop",
         EVENTBUS_SOURCE="/shop",
         EVENTBUS_IDEMPOTENCY="redis://:p@host/0",
+        EVENTBUS_DATABASE="postgresql://u:p@host/d",
         EVENTBUS_DECLARE="Verify",
         EVENTBUS_LANE="Off",
         EVENTBUS_MAX_MESSAGE_BYTES="1000",
@@ -64,6 +65,7 @@ def test_every_setting_has_its_variable(setenv: Setenv) -> None:
         "namespace": "shop",
         "source": "/shop",
         "idempotency": "redis://:p@host/0",
+        "database": "postgresql://u:p@host/d",
         "declare": "verify",
         "lane": "off",
         "max_message_bytes": 1000,
@@ -71,7 +73,7 @@ def test_every_setting_has_its_variable(setenv: Setenv) -> None:
         "log": "json",
         "log_level": "debug",
     }
-    assert len(Settings.model_fields) == 10
+    assert len(Settings.model_fields) == 11
 
 
 def test_the_environment_is_read_anew_each_time(setenv: Setenv) -> None:
