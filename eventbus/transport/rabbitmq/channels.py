@@ -25,6 +25,7 @@ from eventbus.transport.rabbitmq.wire import UNREADABLE_DELIVERY_MODE
 FRAME_OVERHEAD: Final = 8
 MAX_NAME_BYTES: Final = 128  # pamqp cuts longer header names, and would say so only in a log
 MAX_SHORT_BYTES: Final = 255
+FORGOTTEN_S: Final = 0.5  # more than it takes who waited for the dead channel to reach it
 INT64: Final = range(-(2**63), 2**63)
 
 
@@ -132,7 +133,18 @@ class PublishingChannel:
 
     @classmethod
     async def open(cls, session: Session) -> PublishingChannel:
-        return cls(session, await session.open_channel(confirms=True))
+        publishing = cls(session, await session.open_channel(confirms=True))
+        session.when_ended(publishing._end)
+        return publishing
+
+    def _end(self) -> None:
+        asyncio.get_running_loop().call_later(FORGOTTEN_S, self._fail_forgotten)
+
+    def _fail_forgotten(self) -> None:
+        """The client fails who waits for a confirm when a channel dies. Who was waiting to send then waits for ever."""
+        for confirm in list(self._channel.confirmations.values()):
+            if not confirm.done():
+                confirm.set_exception(ConnectionError("the channel had died before it was sent"))
 
     def encode(self, publication: Publication) -> Encoded:
         return encode(publication, frame_max=self._session.server.frame_max)
