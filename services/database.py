@@ -1,7 +1,6 @@
 """How each service opens its own SQLite file. Nothing here knows a table.
 
-One connection per process, one transaction at a time, and an immediate one: a read followed by a write cannot lose
-another's write, and a handler waits for its turn in the event loop instead of meeting a locked database.
+On the bus's own engine: one connection per process, one transaction at a time, and an immediate one.
 """
 
 import asyncio
@@ -10,12 +9,12 @@ from contextlib import asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
 
-from sqlalchemy import Connection, Dialect, String, event
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy import Dialect, String
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import DeclarativeBase
-from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.types import TypeDecorator
+
+from eventbus.database import open_engine
 
 
 class Sessions:
@@ -59,27 +58,10 @@ class Exact(TypeDecorator[Decimal]):
 async def open_database(file: Path, tables: type[DeclarativeBase]) -> AsyncIterator[Sessions]:
     """Sessions on *file*, with *tables* made where they are missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # An error shows the statement, not the customer's data in it: it goes to logs and dead letters.
-    engine = create_async_engine(f"sqlite+aiosqlite:///{file}", pool_size=1, max_overflow=0, hide_parameters=True)
-    event.listen(engine.sync_engine, "connect", _configure)
-    event.listen(engine.sync_engine, "begin", _begin)
+    engine = open_engine(f"sqlite:///{file}")
     try:
         async with engine.begin() as connection:
             await connection.run_sync(tables.metadata.create_all)
         yield Sessions(async_sessionmaker(engine, expire_on_commit=False))
     finally:
         await engine.dispose()
-
-
-def _configure(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # the driver begins nothing by itself: `_begin` does
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout = 10000")  # milliseconds; another process may hold the file
-    cursor.execute("PRAGMA journal_mode = WAL")  # readers of other processes never wait for the writer
-    # A commit reaches the disk before its event is acknowledged; NORMAL may lose the last ones with the power.
-    cursor.execute("PRAGMA synchronous = FULL")
-    cursor.close()
-
-
-def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
