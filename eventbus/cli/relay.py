@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from eventbus.cli import output
 from eventbus.cli.connection import Database, Namespace, Place, Url, complete, database_url, find
-from eventbus.cli.run import host_and_port
+from eventbus.cli.run import LogFormat, LogLevel, host_and_port
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -25,14 +25,8 @@ def relay(
         str | None,
         typer.Option(metavar="HOST:PORT", help="Answer /live and /ready over HTTP there, for example 127.0.0.1:8082"),
     ] = None,
-    log: Annotated[
-        Literal["console", "json"] | None,
-        typer.Option(help="How to log, on stderr (EVENTBUS_LOG; console on a terminal, else json)"),
-    ] = None,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"] | None,
-        typer.Option(help="How much of it (EVENTBUS_LOG_LEVEL, info)"),
-    ] = None,
+    log: LogFormat = None,
+    log_level: LogLevel = None,
 ) -> None:
     """Publish what is committed to the outbox of a database, until SIGTERM or Ctrl-C. Several may run at a time.
 

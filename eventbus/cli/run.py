@@ -18,6 +18,15 @@ Services = Annotated[
         metavar="MODULE:SERVICE", help="What to run; MODULE alone: every service in it.", show_default=False
     ),
 ]
+# Of whatever runs until it is told to stop.
+LogFormat = Annotated[
+    Literal["console", "json"] | None,
+    typer.Option("--log", help="How to log, on stderr (EVENTBUS_LOG; console on a terminal, else json)"),
+]
+LogLevel = Annotated[
+    Literal["debug", "info", "warning", "error"] | None,
+    typer.Option("--log-level", help="How much of it (EVENTBUS_LOG_LEVEL, info)"),
+]
 
 
 def run(
@@ -37,14 +46,8 @@ def run(
     reload: Annotated[
         bool, typer.Option("--reload", help="Start again when a Python file of the working directory changes.")
     ] = False,
-    log: Annotated[
-        Literal["console", "json"] | None,
-        typer.Option(help="How to log, on stderr (EVENTBUS_LOG; console on a terminal, else json)"),
-    ] = None,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"] | None,
-        typer.Option(help="How much of it (EVENTBUS_LOG_LEVEL, info)"),
-    ] = None,
+    log: LogFormat = None,
+    log_level: LogLevel = None,
 ) -> None:
     """Run services until SIGTERM or Ctrl-C.
 
