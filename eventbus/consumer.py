@@ -89,6 +89,7 @@ class _Work:
     subscription: Subscription | None
     handler: str | None
     attempt: int  # a crash that the claim tells of counts as one
+    undecodable: EnvelopeError | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -129,13 +130,16 @@ class _AtWork:
         self._timer: asyncio.TimerHandle | None = None
         self._rings_s = math.inf
 
-    def begin(self, run: _Run) -> None:
+    def begin(self, run: _Run) -> float:
+        """Return when that was, on the event loop's clock."""
         run.task = task = _current_task()
         loop = task.get_loop()
-        run.ends_s = loop.time() + run.subscription.timeout.total_seconds()
+        began_s = loop.time()
+        run.ends_s = began_s + run.subscription.timeout.total_seconds()
         self.runs.add(run)
         if run.ends_s < self._rings_s:
             self._set(loop, run.ends_s)
+        return began_s
 
     def end(self, run: _Run) -> None:
         self.runs.discard(run)
@@ -172,6 +176,7 @@ class ServiceConsumer:
         self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
         self._identities = {name: (service.name, name, service.source) for name in self._subscriptions}
         self._environment = environment
+        self._telemetry, self._store, self._clock = environment.sender.telemetry, environment.store, environment.clock
         self._slots = Slots(service.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
         self._plans: dict[str, tuple[Subscription, ...]] = {}
@@ -221,8 +226,9 @@ class ServiceConsumer:
 
     async def _take(self, delivery: Delivery) -> None:
         try:
-            self._environment.sender.telemetry.join(delivery.message.headers)
-            part = await self._whole(delivery)
+            self._telemetry.join(delivery.message.headers)
+            works = self._works(delivery)
+            part = await (self._part(works[0]) if len(works) == 1 else self._all(works))
         except Exception:
             # A bug of ours: it is handed back, so that nothing is lost and no window fills up with such deliveries.
             log.exception("a delivery of %s could not be settled", self.service.name)
@@ -235,27 +241,24 @@ class ServiceConsumer:
         finally:
             self._tasks.discard(_current_task())
 
-    async def _whole(self, delivery: Delivery) -> Part:
+    async def _all(self, works: list[_Work]) -> Part:
         """What became of all parts: the broker hears of the delivery once, and "nothing" goes before the others."""
-        message = delivery.message
-        attempt = _attempt(message)
-        try:
-            envelope = decode(message, received=self._environment.clock.now())
-        except EnvelopeError as error:
-            self._environment.sender.telemetry.consumed(None, delivery.queue)
-            work = _Work(delivery, None, None, None, attempt)
-            return await self._settle(work, Refused("invalid-envelope", str(error)))
-        self._environment.sender.telemetry.consumed(envelope.type, delivery.queue)
-        works = self._works(delivery, envelope, attempt)
-        if len(works) == 1:
-            return await self._part(works[0])
         # Not a TaskGroup: a bug in one part must not cancel the handlers of the others.
         gathered = await asyncio.gather(*(self._part(work) for work in works), return_exceptions=True)
         parts = [_part_or_raise(part) for part in gathered]
         return next((part for part in _WORST_FIRST if part in parts), "settled")
 
-    def _works(self, delivery: Delivery, envelope: Envelope, attempt: int) -> list[_Work]:
-        named = delivery.message.headers.get(header.HANDLER)
+    def _works(self, delivery: Delivery) -> list[_Work]:
+        """Each handler's part of *delivery*; at least one."""
+        message = delivery.message
+        attempt = _attempt(message)
+        try:
+            envelope = decode(message, now=self._clock.now)
+        except EnvelopeError as error:
+            self._telemetry.consumed(None, delivery.queue)
+            return [_Work(delivery, None, None, None, attempt, error)]
+        self._telemetry.consumed(envelope.type, delivery.queue)
+        named = message.headers.get(header.HANDLER)
         if isinstance(named, str):
             return [_Work(delivery, envelope, self._subscriptions.get(named), named, attempt)]
         plan = self._plans.get(envelope.type)
@@ -288,7 +291,8 @@ class ServiceConsumer:
     def _ready(self, work: _Work) -> _Run | Outcome:
         """What is to be run, or why there is nothing to run."""
         subscription, envelope = work.subscription, work.envelope
-        assert envelope is not None
+        if envelope is None:
+            return Refused("invalid-envelope", str(work.undecodable))
         if subscription is None:
             what = f"handler {work.handler!r}" if work.handler else f"subscription to {envelope.type}"
             return Unmatched("no-handler", f"service {self.service.name!r} has no {what} in this program")
@@ -303,11 +307,11 @@ class ServiceConsumer:
 
     async def _claimed(self, run: _Run) -> Outcome:
         """Claim, run, and record what came of it."""
-        work, store = run.work, self._environment.store
+        work = run.work
         if self._forced or not work.delivery.is_live:
             return Cancelled()
         try:
-            claim = await store.claim(run.key, LEASE)
+            claim = await self._store.claim(run.key, LEASE)
         except StoreError as error:
             self._environment.on_trouble(f"the idempotency store does not answer: {error}")
             return StoreDown(str(error))
@@ -322,13 +326,12 @@ class ServiceConsumer:
         if crashes and work.attempt > run.subscription.retry.attempts:
             work.attempt -= 1  # this one is not made
             return await self._freed(run, Failed(f"its worker ended {crashes} times in the middle of it"))
-        is_recording = self._environment.sender.telemetry.is_recording
-        outcome = await (self._recorded(run) if is_recording else self._handled(run))
+        outcome = await (self._recorded(run) if self._telemetry.is_recording else self._handled(run))
         # A duplicate that the inbox knew is work that is done, too.
         if outcome is not _HANDLED and not isinstance(outcome, Duplicate):
             return await self._freed(run, outcome)
         try:
-            is_ours = await store.complete(run.key, run.token, KEEP_DONE)
+            is_ours = await self._store.complete(run.key, run.token, KEEP_DONE)
         except StoreError as error:
             return await self._complete_later(run, outcome, error)
         return outcome if is_ours else self._claim_lost(run)
@@ -336,7 +339,7 @@ class ServiceConsumer:
     async def _recorded(self, run: _Run) -> Outcome:
         """`_handled`, with a span and its measures."""
         work = run.work
-        with self._environment.sender.telemetry.process(
+        with self._telemetry.process(
             run.envelope, work.delivery.message.headers,
             queue=work.delivery.queue, handler=run.subscription.handler, attempt=work.attempt,
         ) as processing:  # fmt: skip
@@ -362,11 +365,10 @@ class ServiceConsumer:
         if subscription.takes_context:
             arguments = run.event, self._context_of(run)
         if self._renewal is None:
-            self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
+            self._renewal = self._clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
         if self.on_attempt is not None:
             self.on_attempt(self.service.name, subscription.handler)
-        began_s = self._environment.clock.monotonic_s()
-        self._at_work.begin(run)
+        began_s = self._at_work.begin(run)
         try:
             await subscription.function(*arguments)
         except KeyboardInterrupt:
@@ -381,7 +383,7 @@ class ServiceConsumer:
             _current_task().uncancel()
             return Failed(f"{_timed_out(subscription.timeout)}, and did not let itself be cancelled")
         if log.isEnabledFor(logging.DEBUG):
-            self._say_handled(run, self._environment.clock.monotonic_s() - began_s)
+            self._say_handled(run, asyncio.get_running_loop().time() - began_s)
         return _HANDLED
 
     def _open_unit(self, state: object, key: str) -> AbstractAsyncContextManager[Unit]:
@@ -393,14 +395,14 @@ class ServiceConsumer:
     async def _freed(self, run: _Run, outcome: Outcome) -> Outcome:
         """*outcome*, with the claim given back."""
         try:
-            await self._environment.store.free(run.key, run.token)
+            await self._store.free(run.key, run.token)
         except StoreError as error:
             log.warning("a claim could not be given back, it ends with its lease: %s", error)
         return outcome
 
     async def _complete_later(self, run: _Run, outcome: Outcome, error: StoreError) -> Outcome:
         """Try until the lease ends: the work is done, and not recording it would do it twice."""
-        clock = self._environment.clock
+        clock = self._clock
         deadline = clock.monotonic_s() + LEASE.total_seconds()
         for backoff_s in backoffs():
             self._environment.on_trouble(f"the idempotency store does not answer: {error}")
@@ -408,7 +410,7 @@ class ServiceConsumer:
                 break
             await asyncio.sleep(backoff_s)
             try:
-                is_ours = await self._environment.store.complete(run.key, run.token, KEEP_DONE)
+                is_ours = await self._store.complete(run.key, run.token, KEEP_DONE)
                 return outcome if is_ours else self._claim_lost(run)
             except StoreError as again:
                 error = again
@@ -426,7 +428,7 @@ class ServiceConsumer:
             task = asyncio.get_running_loop().create_task(self._renew(list(self._at_work.runs)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            self._renewal = self._environment.clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
+            self._renewal = self._clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
 
     async def _renew(self, runs: list[_Run]) -> None:
         # At once, not one after the other: a shared store answers all in one round trip.
@@ -434,7 +436,7 @@ class ServiceConsumer:
 
     async def _renew_one(self, run: _Run) -> None:
         try:
-            if not await self._environment.store.renew(run.key, run.token, LEASE) and run in self._at_work.runs:
+            if not await self._store.renew(run.key, run.token, LEASE) and run in self._at_work.runs:
                 self._say_claim_lost(run.work, "the handler is cancelled, another worker has taken over")
                 run.cancel(ClaimedElsewhere(LEASE))
         except StoreError as error:
@@ -490,7 +492,7 @@ class ServiceConsumer:
         if work.handler is not None:
             headers[header.HANDLER] = work.handler
         if failed:
-            now = self._environment.clock.now().astimezone(UTC).isoformat()
+            now = self._clock.now().astimezone(UTC).isoformat()
             headers[header.FIRST_FAILED] = message.headers.get(header.FIRST_FAILED, now)
         if isinstance(settlement, Again):
             headers[header.ATTEMPT] = settlement.attempt

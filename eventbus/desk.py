@@ -111,6 +111,6 @@ def id_of(message: Message) -> str:
 def envelope_of(message: Message, received: datetime) -> Envelope | None:
     """None where *message* is no CloudEvent."""
     try:
-        return decode(message, received=received)
+        return decode(message, now=lambda: received)
     except EnvelopeError:
         return None

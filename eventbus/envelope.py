@@ -14,7 +14,7 @@ import base64
 import builtins
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -284,10 +284,10 @@ def _rfc_3339(time: datetime) -> str:
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def decode(message: Message, *, received: datetime) -> Envelope:
+def decode(message: Message, *, now: Callable[[], datetime]) -> Envelope:
     """The envelope in *message*, whoever wrote it.
 
-    *received* is its time where the sender gave none (CloudEvents lets it) and no AMQP timestamp either.
+    *now* is asked for its time where the sender gave none (CloudEvents lets it) and no AMQP timestamp either.
 
     Raises:
         EnvelopeError: it is no CloudEvent; its reason is `invalid-envelope`.
@@ -302,7 +302,7 @@ def decode(message: Message, *, received: datetime) -> Envelope:
     _take_specversion(attributes)
     if attributes.get("time") is None:
         timestamp = message.properties.get("timestamp")
-        attributes["time"] = timestamp if isinstance(timestamp, datetime) else received
+        attributes["time"] = timestamp if isinstance(timestamp, datetime) else now()
     return _envelope(Envelope, attributes, data)
 
 

@@ -104,7 +104,7 @@ async def arriving(url: str) -> AsyncIterator[Arrived]:
 
             async def collect() -> None:
                 async for delivery in deliveries:
-                    arrived.envelopes.append(decode(delivery.message, received=datetime.now(UTC)))
+                    arrived.envelopes.append(decode(delivery.message, now=lambda: datetime.now(UTC)))
 
             collecting = asyncio.create_task(collect())
             try:

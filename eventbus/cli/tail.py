@@ -71,7 +71,7 @@ class _View:
         from eventbus.errors import EnvelopeError
 
         try:
-            envelope = decode(delivery.message, received=datetime.now(UTC))
+            envelope = decode(delivery.message, now=lambda: datetime.now(UTC))
         except EnvelopeError as error:
             output.note(f"something under {output.printable(delivery.key)} is no event: {error}")
             return

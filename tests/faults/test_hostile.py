@@ -176,7 +176,7 @@ async def is_taken(rig: Rig, message: Message) -> bool:
 
 def decoded(message: Message) -> Envelope | EnvelopeError:
     try:
-        return decode(message, received=NOW)
+        return decode(message, now=lambda: NOW)
     except EnvelopeError as error:
         return error
 

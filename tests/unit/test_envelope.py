@@ -53,7 +53,7 @@ MESSAGE = Message(HEADERS, b'{"order_id":7,"total":"12.30"}', "application/json"
 
 
 def read(message: Message) -> Envelope:
-    return decode(message, received=RECEIVED)
+    return decode(message, now=lambda: RECEIVED)
 
 
 def structured(document: object, content_type: str = "application/cloudevents+json") -> Message:

@@ -32,9 +32,9 @@ class RabbitDelivery:
         self.exchange: str = incoming.exchange
         self.key: str = incoming.key
         self.tag: int = incoming.tag
-        self.count: int = delivery_count(
-            origin.session.server.line, incoming.message.headers, is_redelivered=incoming.is_redelivered
-        )
+        self.count: int = 0
+        if incoming.is_redelivered:  # few are, and to ask for each costs as much as to ack it
+            self.count = delivery_count(origin.session.server.line, incoming.message.headers, is_redelivered=True)
         self._origin = origin
         self._is_settled = False
 

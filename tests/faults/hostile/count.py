@@ -70,7 +70,7 @@ def envelope_of(raw: Raw) -> Envelope | None:
     header = ContentHeader()
     try:
         header.unmarshal(bytes(12) + raw.properties)
-        return decode(channels.decode(header.properties, raw.body), received=datetime.now(UTC))
+        return decode(channels.decode(header.properties, raw.body), now=lambda: datetime.now(UTC))
     except (EnvelopeError, ValueError, RecursionError):
         return None
 
