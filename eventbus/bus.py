@@ -25,7 +25,7 @@ from eventbus.errors import EnvelopeError, PartlyPublished, PublishError, Publis
 from eventbus.event import Event
 from eventbus.message import Message
 from eventbus.settings import Settings
-from eventbus.telemetry import Telemetry, fields, inject
+from eventbus.telemetry import Telemetry, fields
 from eventbus.topology import Names, shared
 from eventbus.transport import from_url
 from eventbus.transport.base import NotPublished, Publication, Transport, Unpublishable
@@ -69,27 +69,19 @@ class Sender:
         """
         self.check(envelope)
         headers = headers_of(envelope)
-        if self.telemetry.is_recording:
-            with self.telemetry.send(envelope, headers):
-                routed = await self._transmit(envelope, headers, delay)
-        else:
-            inject(headers)
-            routed = await self._transmit(envelope, headers, delay)
-        if not routed:
+        with self.telemetry.send(envelope, headers):
+            message = Message(headers, envelope.data, envelope.datacontenttype)
+            publication = self._publication(envelope.type, message, delay)
+            try:
+                is_routed = await self.transport.publish(publication, timeout_s=self._timeout_s)
+            except Unpublishable as error:
+                raise EnvelopeError(f"{envelope.type} {envelope.id} cannot be published: {error.why}") from error
+            except NotPublished as error:
+                raise _publish_error(error, envelope) from error
+        if not is_routed:
             self._unroutable(envelope, required=require_subscriber)
         if self._on_sent is not None:
             self._on_sent(envelope)
-
-    async def _transmit(self, envelope: Envelope, headers: dict[str, object], delay: timedelta | None) -> bool:
-        message = Message(headers, envelope.data, envelope.datacontenttype)
-        try:
-            return await self.transport.publish(
-                self._publication(envelope.type, message, delay), timeout_s=self._timeout_s
-            )
-        except Unpublishable as error:
-            raise EnvelopeError(f"{envelope.type} {envelope.id} cannot be published: {error.why}") from error
-        except NotPublished as error:
-            raise _publish_error(error, envelope) from error
 
     def check(self, envelope: Envelope) -> None:
         """Raises:

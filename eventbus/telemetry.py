@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
@@ -72,6 +72,9 @@ class _Sending:
                 _record_error(self._span, error)
             self._span.end()
         self._telemetry.sent(time.perf_counter() - self._began_s, self._attributes, error)
+
+
+_UNMEASURED = nullcontext()
 
 
 class Processing:
@@ -142,6 +145,9 @@ class Telemetry:
 
     def send(self, envelope: Envelope, headers: dict[str, object]) -> AbstractContextManager[None]:
         """Measure one publish, and write its trace context into *headers*."""
+        if not self.is_recording:
+            inject(headers)
+            return _UNMEASURED
         attributes = self._attributes("send", f"{self._names.events}:{envelope.type}")
         span = self._send_span(envelope, attributes) if self._traces else None
         write_context((span or trace.get_current_span()).get_span_context(), headers)

@@ -42,6 +42,7 @@ log = logging.getLogger("eventbus.worker")
 
 DEFAULT_GRACE = timedelta(seconds=30)
 LAST_WAIT_S = 2.0  # for what is left of a program after its worker has ended
+_COLLECT_EVERY = 10_000  # objects more than were freed; the default, 700, is a few events
 CALM_S = 60.0  # trouble that comes back within this is the same trouble
 
 # Asks somebody else whether all is well: None if so, else what is wrong. It may take its time.
@@ -424,6 +425,18 @@ def probes_of(worker: Worker) -> Mapping[str, Probe]:
     return worker._engine.probes() if runs and worker._engine is not None else {}
 
 
+def calm_collector() -> None:
+    """Let the garbage collector of this process, which must be ours, look less often, and not at what was loaded.
+
+    Hundreds of events are on their way at once, each some dozens of objects (with a shared store, or a span in a batch,
+    more), and hardly any of it is a cycle: by default the collector walks through all of it every few events.
+    """
+    gc.collect()
+    gc.freeze()
+    _, second, third = gc.get_threshold()
+    gc.set_threshold(_COLLECT_EVERY, second, third)
+
+
 async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
     """Run *worker* until SIGTERM or SIGINT; a second one hurries. *announce* is given what runs, line by line.
 
@@ -449,10 +462,7 @@ async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, on_signal)
     try:
         async with worker:
-            # What was loaded lives as long as the process, which is ours here. Without this every full collection walks
-            # through it, and there are many: behind a shared store hundreds of events are on their way at once.
-            gc.collect()
-            gc.freeze()
+            calm_collector()
             for line in [] if signals else [*worker._describe(), "ready"]:
                 announce(line)
             await worker.wait()

@@ -372,7 +372,7 @@ async def publish(broker: Confirming) -> list[bool | type[BaseException]]:
         lane = await LanePublishing.open(session)
         encoded = lane.encode(Publication("events", "fact.v1", Message({"id": "1"}, BODY)))
         deadline_s = asyncio.get_running_loop().time() + TIMEOUT_S
-        publishes = [asyncio.create_task(lane.publish(encoded, deadline_s)) for _ in range(PUBLISHED)]
+        publishes = [lane.publish(encoded, deadline_s) for _ in range(PUBLISHED)]
         await until(lambda: not session.is_live or all(each.done() for each in publishes[:-1]))
         session.fail(None)
         async with asyncio.timeout(TIMEOUT_S):

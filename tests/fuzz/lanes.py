@@ -76,7 +76,7 @@ class Lanes:
         self._when_ended: list[Callable[[], None]] = []
         self._numbers: list[int] = []
         self._publishing: LanePublishing | None = None
-        self._publishes: list[asyncio.Task[bool]] = []
+        self._publishes: list[asyncio.Future[bool]] = []
         self.incoming: list[tuple[int, Incoming]] = []
         self.splitter.begin(frame_max=FRAME_MAX, heartbeat_s=0, fail=self.fail)
 
@@ -115,7 +115,7 @@ class Lanes:
         deadline_s = asyncio.get_running_loop().time() + FAR_S
         for message in messages:
             encoded = self._publishing.encode(Publication("events", "fact.v1", message))
-            self._publishes.append(asyncio.create_task(self._publishing.publish(encoded, deadline_s)))
+            self._publishes.append(self._publishing.publish(encoded, deadline_s))
         await asyncio.sleep(0)
         self.splitter.flush()
         return self._pair.received()

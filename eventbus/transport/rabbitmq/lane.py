@@ -125,7 +125,7 @@ class LanePublishing:
     def encode(self, publication: Publication) -> Encoded:
         return encode(publication, frame_max=self._session.server.frame_max)
 
-    async def publish(self, encoded: Encoded, deadline_s: float) -> bool:
+    def publish(self, encoded: Encoded, deadline_s: float) -> asyncio.Future[bool]:
         """As `way.Sending` promises."""
         if not self._session.is_live:
             raise Lost(self._session.reason)
@@ -148,7 +148,7 @@ class LanePublishing:
                 self._number, encoded.head, message_id, encoded.tail, encoded.body, self._splitter.frame_max
             ),
         )
-        return await future
+        return future
 
     # One timer for all: publishes are many, and few of them end by their deadline.
 

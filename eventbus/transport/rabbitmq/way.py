@@ -5,7 +5,7 @@ Both do the same, in the same words. Whoever publishes or consumes does not know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from eventbus.transport.base import Publication
@@ -34,8 +34,8 @@ class Sending(Protocol):
             Unpublishable: it would arrive changed, or not at all.
         """
 
-    async def publish(self, encoded: Any, deadline_s: float) -> bool:
-        """Send once; return after the confirm whether any queue took it. May be cancelled at any moment.
+    def publish(self, encoded: Any, deadline_s: float) -> Awaitable[bool]:
+        """Send once; await after the confirm whether any queue took it. May be cancelled at any moment.
 
         Raises:
             TimeoutError: no confirm until *deadline_s* of the event loop's clock, or a little later.

@@ -184,7 +184,7 @@ def in_s(seconds: float) -> float:
 async def test_a_publish_that_was_cancelled_disturbs_no_other(pair: Pair) -> None:
     lanes, publishing = await opened(pair)
     encoded = publishing.encode(Publication("events", "fact.v1", Message({}, b"")))
-    one, other = (asyncio.create_task(publishing.publish(encoded, in_s(FAR_S))) for _ in range(2))
+    one, other = (publishing.publish(encoded, in_s(FAR_S)) for _ in range(2))
     await asyncio.sleep(0)
 
     one.cancel()
@@ -199,7 +199,7 @@ async def test_a_publish_that_was_cancelled_disturbs_no_other(pair: Pair) -> Non
 async def test_a_publish_ends_at_its_deadline_and_its_late_confirm_is_nobodys(pair: Pair) -> None:
     lanes, publishing = await opened(pair)
     encoded = publishing.encode(Publication("events", "fact.v1", Message({}, b"")))
-    patient = asyncio.create_task(publishing.publish(encoded, in_s(FAR_S)))
+    patient = publishing.publish(encoded, in_s(FAR_S))
     await asyncio.sleep(0)
 
     with pytest.raises(TimeoutError):
@@ -215,7 +215,7 @@ async def test_a_publish_ends_at_its_deadline_and_its_late_confirm_is_nobodys(pa
 async def test_the_end_of_the_session_is_told_to_all_who_wait_and_to_who_comes_later(pair: Pair) -> None:
     lanes, publishing = await opened(pair)
     encoded = publishing.encode(Publication("events", "fact.v1", Message({}, b"")))
-    publishes = [asyncio.create_task(publishing.publish(encoded, in_s(FAR_S))) for _ in range(3)]
+    publishes = [publishing.publish(encoded, in_s(FAR_S)) for _ in range(3)]
     await asyncio.sleep(0)
 
     lanes.fail(ConnectionError("gone"))
@@ -232,7 +232,7 @@ async def test_any_number_of_keys_can_be_published_to(pair: Pair) -> None:
     written = b""
     for number in range(lane._MAX_METHODS + 5):
         encoded = publishing.encode(Publication("events", f"fact.v{number}", Message({}, b"")))
-        publishes.append(asyncio.create_task(publishing.publish(encoded, in_s(FAR_S))))
+        publishes.append(publishing.publish(encoded, in_s(FAR_S)))
         await asyncio.sleep(0)
         lanes.splitter.flush()
         written += pair.received()
