@@ -220,6 +220,40 @@ async def test_a_consumer_that_settles_nothing_stops_no_publisher_and_holds_its_
     assert stuck.tally + rest.tally == Counter(bodies)
 
 
+# ── some take long ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("slow", [(9,), (3, 700, 701, 1400, 2100, 4999), tuple(range(9, 5000, 250))])
+async def test_those_behind_a_slow_one_are_settled_for_good_and_it_is_too_when_it_ends(
+    bench: Bench, slow: tuple[int, ...]
+) -> None:
+    transport = await bench.open(queue_of("q"))
+    bodies = numbered(5000)
+    slow_bodies, taken, kept = {bodies[n] for n in slow}, Inbox(), list[Delivery]()
+
+    def deliver(delivery: Delivery) -> None:
+        if delivery.message.body in slow_bodies:
+            kept.append(delivery)
+        else:
+            delivery.ack()
+        taken(delivery)
+
+    await publish_by(20, transport, say_all(bodies))
+    consumer, _ = await bench.consume(transport, "q", prefetch=60, deliver=deliver)
+    await taken.has_seen(bodies)
+    assert taken.tally == Counter(bodies)
+    assert all(delivery.is_live for delivery in kept)
+
+    *ended, endless = kept
+    for delivery in ended:
+        delivery.ack()
+    await consumer.stop()
+    await consumer.close()
+    (left,) = await content(transport, "q", 1)
+
+    assert left.message.body == endless.message.body
+
+
 # ── coming and going ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -10,6 +10,7 @@ import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +19,8 @@ from eventbus.message import Message
 from eventbus.topology import Binding, Exchange, Names, Queue, Topology, merge, of_service, quorum, shared
 from eventbus.transport.base import Declare, Delivery, NotPublished, Publication, Source, Unpublishable
 from eventbus.transport.rabbitmq import RabbitMQ, publisher, session
-from eventbus.transport.rabbitmq.consumer import RabbitConsumer
+from eventbus.transport.rabbitmq.consumer import BEHIND, RabbitConsumer
+from eventbus.transport.rabbitmq.delivery import RabbitDelivery
 from tests.faults.ledger.proxy import Proxy
 from tests.servers import BrokerServer, vhost_of, with_login
 
@@ -727,6 +729,29 @@ async def test_what_came_back_too_often_runs_alone_even_when_wide(every_line: Br
         await eventually(lambda: taken.bodies[6:] == ["next"], "then the next one comes")
 
     assert taken.deliveries[5].count == 3
+
+
+async def test_what_comes_behind_a_slow_one_comes_on_a_fresh_channel(every_line: BrokerServer) -> None:
+    url = every_line.new_vhost()
+    names = [f"{n}" for n in range(2 * BEHIND)]
+    taken = Taken(acks=lambda delivery: delivery.message.body != b"9")
+
+    def channels() -> int:
+        return every_line.ctl("list_channels", "vhost").split().count(vhost_of(url))
+
+    async with opened(url, small()) as transport, consuming(url, small(), taken, prefetch=20):
+        await asyncio.gather(*(transport.publish(fact(name), timeout_s=TIMEOUT_S) for name in names))
+        await eventually(lambda: sorted(taken.bodies) == sorted(names), "all but one are settled")
+        tags = [delivery.tag for delivery in taken.deliveries if isinstance(delivery, RabbitDelivery)]
+        assert sum(tag < before for before, tag in pairwise(tags)) == 2, "first wide, then away from the slow one"
+        assert await asyncio.to_thread(channels) == 3, "one that publishes, one that is left, one that consumes"
+
+        taken.deliveries[taken.bodies.index("9")].ack()
+        async with asyncio.timeout(TIMEOUT_S):
+            while await asyncio.to_thread(channels) != 2:  # the one that was left is closed
+                pass
+
+    assert await waiting_in(url, "work") == [], "what was settled on a channel that was left stays settled"
 
 
 async def test_a_tail_shows_what_passes_and_ends_with_the_connection(every_line: BrokerServer) -> None:

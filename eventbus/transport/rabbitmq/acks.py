@@ -38,6 +38,11 @@ class AckBatch:
         self._acks: list[int] = []  # of those
         self._rejects: list[int] = []
 
+    @property
+    def behind(self) -> int:
+        """How many were settled behind the first that is not: each takes an ack of its own."""
+        return len(self._behind)
+
     def ack(self, tag: int) -> None:
         if tag == self._lowest_open:
             self._prefix += 1

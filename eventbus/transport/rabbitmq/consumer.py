@@ -2,6 +2,8 @@
 
 Probation: a session begins with one delivery at a time, so that a message that kills the process takes no innocent
 neighbours' delivery counts with it. It goes wide once a few came through, and what comes back too often runs alone.
+Moving on: behind a handler that takes long every ack is one of its own, which costs the broker as much as a publish. So
+its channel is left to it, and what comes next comes on a fresh one.
 Handlers never run here: `deliver` only takes a delivery in.
 """
 
@@ -27,6 +29,35 @@ from eventbus.transport.rabbitmq.way import Receiving, open_receiving
 
 PROBATION: Final = 3  # deliveries of a queue that must come through before it goes wide
 SUSPICIOUS_COUNT: Final = 3  # handed out this often before: it may be what ended those sessions
+# Settled behind a slow one before a fresh channel is worth its round trips; and how many channels may be left so.
+BEHIND: Final = 500
+MOST_LEFT: Final = 8
+
+
+class _Stretch:
+    """What one channel brought, and where that is settled."""
+
+    def __init__(self, feed: _Feed, channel: Receiving) -> None:
+        self.queue, self.session = feed.queue, feed.session
+        self.channel = channel
+        self.batch = AckBatch()
+        self.unsettled = 0
+        self._feed = feed
+
+    def take(self, incoming: Incoming) -> None:
+        self._feed.take(incoming, self)
+
+    def ack(self, delivery: RabbitDelivery) -> None:
+        self.batch.ack(delivery.tag)
+        self._settled(delivery)
+
+    def reject(self, delivery: RabbitDelivery) -> None:
+        self.batch.reject(delivery.tag)
+        self._settled(delivery)
+
+    def _settled(self, delivery: RabbitDelivery) -> None:
+        self.unsettled -= 1
+        self._feed.settled(delivery)
 
 
 class _Feed:
@@ -36,16 +67,16 @@ class _Feed:
         self.session = session
         self.queue = source.queue
         self._source = source
-        self._channel: Receiving | None = None
-        self._batch = AckBatch()
-        self._unsettled = 0
+        self._stretch: _Stretch | None = None
+        self._left: list[_Stretch] = []  # channels that bring nothing more, each with a slow handler
+        self._unsettled = 0  # of all channels, but for what is held
         self._calm = 0  # how many in a row came through without suspicion
         self._is_wide = False
         self._is_turning = False  # narrow to wide or back: nothing more is taken from this channel
         self._is_stopping = False
         self._is_closing = False
         # What comes before `run` does waits: who stops the consumer meanwhile knows nothing of this session yet.
-        self._early: list[Incoming] | None = []
+        self._early: list[tuple[Incoming, _Stretch]] | None = []
         self._held: deque[RabbitDelivery] = deque()  # suspicious ones that wait to be alone
         self._wake = asyncio.Event()
         self._has_stopped = asyncio.Event()
@@ -57,21 +88,20 @@ class _Feed:
         Raises:
             Lost: the session died, or the broker refused.
         """
-        self._channel = await open_receiving(self.session)
-        self._batch = AckBatch()
+        self._stretch = stretch = _Stretch(self, await open_receiving(self.session))
         self._calm = 0
-        self._is_turning = False
-        await self._channel.consume(self.queue, self._source.prefetch if self._is_wide else 1, self._take)
+        await stretch.channel.consume(self.queue, self._source.prefetch if self._is_wide else 1, stretch.take)
 
     # ── notes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _take(self, incoming: Incoming) -> None:
+    def take(self, incoming: Incoming, stretch: _Stretch) -> None:
         if self._early is not None:
-            self._early.append(incoming)
+            self._early.append((incoming, stretch))
             return
         if self._is_stopping or not self.session.is_live:
             return  # in flight when the consumer was cancelled: not taken, and given back with the channel
-        delivery = RabbitDelivery(self, incoming)
+        delivery = RabbitDelivery(stretch, incoming)
+        stretch.unsettled += 1
         is_suspicious = delivery.count >= SUSPICIOUS_COUNT
         if self._is_wide and is_suspicious:
             self._held.append(delivery)
@@ -99,15 +129,7 @@ class _Feed:
             log.exception("a delivery was not taken in", extra={"queue": self.queue})
             self.session.fail(error)
 
-    def ack(self, delivery: RabbitDelivery) -> None:
-        self._batch.ack(delivery.tag)
-        self._settled(delivery)
-
-    def reject(self, delivery: RabbitDelivery) -> None:
-        self._batch.reject(delivery.tag)
-        self._settled(delivery)
-
-    def _settled(self, delivery: RabbitDelivery) -> None:
+    def settled(self, delivery: RabbitDelivery) -> None:
         self._unsettled -= 1
         self._calm = 0 if delivery.count >= SUSPICIOUS_COUNT else self._calm + 1
         self._wake.set()
@@ -130,14 +152,14 @@ class _Feed:
     async def run(self) -> None:
         """Carry the notes to the broker until the session ends or `finish` is called."""
         early, self._early = self._early or [], None
-        for incoming in early:
-            self._take(incoming)
+        for incoming, stretch in early:
+            self.take(incoming, stretch)
         try:
             while not self._is_closing and self.session.is_live:
                 await self._wake.wait()
                 self._wake.clear()
                 await self._carry()
-            await self._close_channel()
+            await self._close_all()
         except Lost as lost:
             self.session.fail(lost.reason)
         except Exception as error:  # noqa: BLE001  # a bug of ours: it must not be a consumer for whom nobody settles
@@ -147,28 +169,50 @@ class _Feed:
             self._has_stopped.set()
 
     async def _carry(self) -> None:
-        assert self._channel is not None
+        stretch = self._stretch
+        assert stretch is not None
         if self._is_stopping or self._is_turning:
-            await self._channel.cancel()  # before anything is settled, which would make room for more
-        await self._channel.settle(self._batch.take())
+            await stretch.channel.cancel()  # before anything is settled, which would make room for more
+        await stretch.channel.settle(stretch.batch.take())
         if self._is_stopping:
             self._has_stopped.set()
         elif self._is_turning and self._unsettled == 0:
             await self._go_on()
+        elif not self._is_turning and stretch.batch.behind >= BEHIND and self._may_leave_one_more():
+            await self._move_on(stretch)
+        for left in list(self._left):
+            await left.channel.settle(left.batch.take())
+            if not left.unsettled:
+                self._left.remove(left)
+                await left.channel.close()
 
     async def _go_on(self) -> None:
         """The channel is cancelled and everything on it settled, but what is held."""
         if self._held:
             self._hand_over(self._held.popleft())
         else:
-            await self._close_channel()
-            self._is_wide = not self._is_wide
+            await self._close_all()
+            self._is_wide, self._is_turning = not self._is_wide, False
             await self.begin()
 
-    async def _close_channel(self) -> None:
-        if self._channel is not None and self.session.is_live:
-            await self._channel.settle(self._batch.take())
-            await self._channel.close()
+    def _may_leave_one_more(self) -> bool:
+        # The prefetch bounds what one channel brings: with what was left it must not come to much more.
+        return len(self._left) < MOST_LEFT and sum(left.unsettled for left in self._left) * 4 < self._source.prefetch
+
+    async def _move_on(self, stretch: _Stretch) -> None:
+        """Leave *stretch* to its slow handler; what it brought is settled there."""
+        await stretch.channel.cancel()
+        if not self._is_turning and not self._is_stopping:  # in the last that it brought
+            self._left.append(stretch)
+            await self.begin()
+
+    async def _close_all(self) -> None:
+        stretches = [*self._left, *([self._stretch] if self._stretch else [])]
+        self._left, self._stretch = [], None
+        for stretch in stretches:
+            if self.session.is_live:
+                await stretch.channel.settle(stretch.batch.take())
+                await stretch.channel.close()
 
 
 @dataclass(frozen=True, slots=True)
