@@ -4,6 +4,7 @@ It lives in a namespace of its own, so that it meets nobody else's events on the
 every queue and exchange of that namespace when it ends.
 """
 
+import asyncio
 import logging
 import os
 import secrets
@@ -30,6 +31,7 @@ from eventbus.idempotency.base import Claim, Done, Mine
 from eventbus.service import check_all
 from eventbus.topology import Names, Topology
 from eventbus.transport import from_url
+from eventbus.transport.base import Transport
 from eventbus.worker import topology_of
 from services.audit.handlers import service as audit
 from services.demo.ledger import Fact, Handling, Ledger, read
@@ -55,6 +57,8 @@ LISTENERS: tuple[Service[Any], ...] = (audit, inventory, marketing, notification
 HOST = "127.0.0.1"
 GRACE = timedelta(seconds=5)
 CLEAN_UP_S = 20.0
+ARRIVAL_S = 30.0
+LOOK_S = 0.05
 # What the environment says to other programs must not change what happens here.
 FOREIGN_SETTINGS = ("EVENTBUS_", "SHOP_", "OTEL_")
 
@@ -171,14 +175,27 @@ class Shop:
             await self.workers.enter_async_context(worker)
 
     async def lose_one(self, service: Service[Any]) -> None:
-        """Take one delivery from the queue of *service*, which is not running, as if it had been handled."""
+        """Take one delivery from the queue of *service*, which is not running, as if it had been handled.
+
+        It is waited for: what an API has answered for is committed, and a relay brings it to the broker.
+        """
         transport = from_url(self.url)
         await transport.open(topology_of(self.names, check_all((service,))), "apply")
         try:
-            async with transport.browse(self.names.queue(service.name)) as deliveries:
-                (await anext(deliveries)).ack()
+            async with asyncio.timeout(ARRIVAL_S):
+                while not await take_one(transport, self.names.queue(service.name)):
+                    await asyncio.sleep(LOOK_S)
         finally:
             await transport.close()
+
+
+async def take_one(transport: Transport, queue: str) -> bool:
+    """Take the first delivery that waits in *queue*; whether there was one."""
+    async with transport.browse(queue) as deliveries:
+        async for delivery in deliveries:
+            delivery.ack()
+            return True
+    return False
 
 
 def given_up(letter: DeadLetter) -> Handling:
