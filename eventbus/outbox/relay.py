@@ -63,6 +63,7 @@ class Relay:
 
     *url* and *namespace* are the bus's, EVENTBUS_URL and EVENTBUS_NAMESPACE by default. Published rows are deleted when
     they are older than *keep*, the inbox's after seven days. As many relays as you like share the work.
+    Of one that a service's lifespan yields as `.relay`, the worker's readiness tells the problems.
     """
 
     def __init__(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ from typing import Any
 import pytest
 from opentelemetry import trace
 from sqlalchemy import insert, select, text, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from eventbus import Envelope, EnvelopeError, Service, SetupError, Worker
+from eventbus import Context, Envelope, EnvelopeError, Service, SetupError, Worker
 from eventbus.database import INBOX, LEASES, OUTBOX, create, open_engine
 from eventbus.delay import LONGEST
 from eventbus.outbox import Outbox, Relay
@@ -23,7 +25,19 @@ from eventbus.outbox import relay as relay_module
 from eventbus.outbox.base import BUCKETS
 from eventbus.outbox.leases import Leases
 from eventbus.outbox.sql import MOST_DELETED, Rows, set_aside, try_again
-from tests.outboxes import Placed, arriving, new_broker, place, place_many, relayed, rows_of, until_asked, waiting
+from eventbus.worker import probes_of, problems_of
+from tests.outboxes import (
+    Placed,
+    arriving,
+    broken_commits,
+    new_broker,
+    place,
+    place_many,
+    relayed,
+    rows_of,
+    until_asked,
+    waiting,
+)
 from tests.rig import until
 from tests.stores import StoreServer
 
@@ -220,6 +234,17 @@ async def test_relays_share_the_buckets_evenly_and_one_that_leaves_gives_its_own
         await leases.look()
     assert one.readable() == []
     assert sorted([*two.readable(), *three.readable()]) == list(range(BUCKETS))
+
+
+async def test_a_first_look_that_is_not_committed_is_made_up_for_by_the_next(engine: AsyncEngine) -> None:
+    leases = Leases(engine, "one", lambda _: True)
+
+    with broken_commits(engine), pytest.raises(DBAPIError):
+        await leases.look()
+    assert leases.readable() == []
+    await leases.look()
+
+    assert len(leases.readable()) == BUCKETS
 
 
 async def test_a_bucket_is_not_given_up_while_rows_of_it_are_on_their_way(engine: AsyncEngine) -> None:
@@ -478,6 +503,33 @@ async def test_the_lag_is_told_and_makes_the_relay_unready(engine: AsyncEngine) 
         await until(lambda: relay.lag is not None)
         (problem,) = relay.problems()
     assert problem.startswith("outbox: 2 rows wait, the oldest for 6")
+
+
+@dataclass(frozen=True)
+class Deps:
+    engine: AsyncEngine
+    relay: Relay
+
+
+async def test_a_worker_tells_the_problems_of_the_relay_that_its_lifespan_yields(engine: AsyncEngine) -> None:
+    url = new_broker()
+
+    @asynccontextmanager
+    async def lifespan(_: Service[Deps]) -> AsyncIterator[Deps]:
+        async with Relay(engine, url=url) as relay:
+            yield Deps(engine, relay)
+
+    service = Service("shop", lifespan=lifespan)
+
+    @service.on("placed")
+    async def handle(event: Placed, context: Context[Deps]) -> None:
+        context.state.relay.stop()
+
+    async with Worker(service, url=url) as worker:
+        await until(lambda: problems_of(worker) == [])
+        assert "shop: relay: publishing" in probes_of(worker)
+        await place(engine, 1)
+        await until(lambda: any(problem.startswith("shop: relay: ") for problem in problems_of(worker)))
 
 
 async def test_an_empty_outbox_has_no_lag(engine: AsyncEngine) -> None:
