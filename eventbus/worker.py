@@ -38,6 +38,8 @@ from eventbus.transport.base import Consumer, Declare, Source
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from eventbus.outbox.relay import Relay
+
 log = logging.getLogger("eventbus.worker")
 
 DEFAULT_GRACE = timedelta(seconds=30)
@@ -139,12 +141,25 @@ class Engine:
             if queue in missing:
                 why = missing[queue] if self._troubled_by is None else f"consuming pauses: {self._troubled_by}"
                 found.append(f"{name}: queue {queue} is not consumed: {why}")
+        for name, relay in self._relays().items():
+            found += [f"{name}: relay: {problem}" for problem in relay.problems()]
         obstacle = self._sender.transport.obstacle()
         return found if obstacle is None else [*found, f"publishing: {obstacle}"]
 
     def probes(self) -> Mapping[str, Probe]:
         """What only asking tells, by what it is about."""
-        return {"publishing": self._sender.probe, "idempotency store": self._probe_store}
+        of_relays = {
+            f"{name}: relay: {about}": probe
+            for name, relay in self._relays().items()
+            for about, probe in relay.probes().items()
+        }
+        return {"publishing": self._sender.probe, "idempotency store": self._probe_store, **of_relays}
+
+    def _relays(self) -> dict[str, Relay]:
+        """The relays that lifespans have yielded as `.relay`, by service."""
+        outbox = sys.modules.get("eventbus.outbox.relay")  # not loaded: nobody here has made one
+        found = {consumer.service.name: getattr(consumer.state, "relay", None) for consumer in self.consumers}
+        return {name: relay for name, relay in found.items() if outbox and isinstance(relay, outbox.Relay)}
 
     async def wait(self) -> None:
         """Until consuming ends; raises what it cannot recover from."""

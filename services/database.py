@@ -1,44 +1,71 @@
-"""How each service opens its own SQLite file. Nothing here knows a table.
+"""How each service opens its own database: SQLite, or PostgreSQL. Nothing here knows a table.
 
-On the bus's own engine: one connection per process, one transaction at a time, and an immediate one.
+The engine is the service's own, opened as the bus opens its own. Tables are made by `services.tables`, never here.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 
-from sqlalchemy import Dialect, String
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase
+from sqlalchemy import Dialect, String, func, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.types import TypeDecorator
 
-from eventbus.database import open_engine
+from eventbus import SetupError
+from eventbus.database import check, open_engine
+from eventbus.outbox import Relay
+from services.settings import Settings
 
 
-class Sessions:
-    """Sessions on one database, each in its turn: first come, first served.
+@dataclass(frozen=True, slots=True)
+class Database:
+    """A service's database. `context.transaction()` finds the engine here, and a worker's `/ready` the relay."""
 
-    The pool alone is not fair: it gives a connection that comes free to whoever asks next, and sends the one who waited
-    for it to the end of the line. An event would be overtaken by others that came long after it.
-    """
+    engine: AsyncEngine
+    relay: Relay | None = None
 
-    def __init__(self, sessions: async_sessionmaker[AsyncSession]) -> None:
-        self._sessions = sessions
-        self._turn = asyncio.Lock()
-
-    @asynccontextmanager
-    async def __call__(self) -> AsyncIterator[AsyncSession]:
+    def session(self) -> AsyncSession:
         """A session to read with."""
-        async with self._turn, self._sessions() as session:
-            yield session
+        return AsyncSession(self.engine, expire_on_commit=False)
 
     @asynccontextmanager
     async def begin(self) -> AsyncIterator[AsyncSession]:
-        """A session whose changes are kept when the block ends well. Open no other one inside: it waits for ever."""
-        async with self._turn, self._sessions.begin() as session:
+        """A session whose changes are kept when the block ends well. On SQLite, open no other one inside."""
+        async with self.session() as session, session.begin():
             yield session
+
+
+@asynccontextmanager
+async def open_database(settings: Settings, service: str, *, has_outbox: bool = False) -> AsyncIterator[Database]:
+    """The database of *service*; if it has an outbox, with a relay that publishes what is committed to it.
+
+    The relay is embedded since it has no other reader than the service has, wakes by the service's own commits, and is
+    one process less for each service to run and to watch. `SHOP_RELAY=0` leaves it to `eventbus relay`.
+
+    Raises:
+        SetupError: the tables are not there. StoreError, TransportError: the database, or the broker, does not answer.
+    """
+    async with AsyncExitStack() as stack:
+        engine = open_engine(settings.database_of(service))
+        stack.push_async_callback(engine.dispose)
+        try:
+            await check(engine)
+        except SetupError as error:
+            raise SetupError(f"{error}; or these and the shop's with `python -m services.tables {service}`") from error
+        embedded = has_outbox and settings.relay
+        yield Database(engine, await stack.enter_async_context(Relay(engine)) if embedded else None)
+
+
+async def alone(session: AsyncSession, *names: object) -> None:
+    """Wait until no other transaction is at work on *names*; then they are this one's until it ends.
+
+    PostgreSQL runs transactions side by side, and two of them that look for the same row and find none would both write
+    it. SQLite runs one at a time. Several names in the same order everywhere, or two transactions wait for each other.
+    """
+    if session.get_bind().dialect.name == "postgresql":
+        for name in names:
+            await session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(str(name), 0))))
 
 
 class Exact(TypeDecorator[Decimal]):
@@ -52,16 +79,3 @@ class Exact(TypeDecorator[Decimal]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Decimal | None:
         return None if value is None else Decimal(value)
-
-
-@asynccontextmanager
-async def open_database(file: Path, tables: type[DeclarativeBase]) -> AsyncIterator[Sessions]:
-    """Sessions on *file*, with *tables* made where they are missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    engine = open_engine(f"sqlite:///{file}")
-    try:
-        async with engine.begin() as connection:
-            await connection.run_sync(tables.metadata.create_all)
-        yield Sessions(async_sessionmaker(engine, expire_on_commit=False))
-    finally:
-        await engine.dispose()

@@ -10,22 +10,20 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from datetime import timedelta
 from typing import Annotated
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import StringConstraints
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from eventbus import EventBusError, PublishError, Worker
-from services.database import Sessions
+from eventbus import EventBusError, Worker
+from services.database import Database
 
 log = logging.getLogger(__name__)
-
-# Long enough to outlive a broker's hiccup, short enough for a client that waits for an answer.
-PUBLISH_TIMEOUT = timedelta(seconds=5)
 
 # As HTML's <input type=email> has it: no quoting, no comments, nothing that a mail header could misread.
 Email = Annotated[
@@ -68,27 +66,48 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[int]:
         await task
 
 
-def answer_when_the_bus_is_away(app: FastAPI) -> None:
-    """Answer 503 when an event was not confirmed: the client's retry publishes it again under the same id."""
+async def _transaction(request: Request) -> AsyncIterator[AsyncSession]:
+    database: Database = request.app.state.database
+    async with database.begin() as session:
+        yield session
 
-    @app.exception_handler(PublishError)
-    async def unavailable(_: Request, error: PublishError) -> JSONResponse:
-        log.warning("not confirmed: %s", error)
+
+# A transaction for one request: what is written and what the outbox is given in it are committed together. Committed
+# before the client is answered, which is what `function` means: by default FastAPI leaves dependencies after that, and
+# a commit that fails would be an order that was promised and never was.
+Transaction = Annotated[AsyncSession, Depends(_transaction, scope="function")]
+
+
+def put_on(app: FastAPI, database: Database) -> None:
+    """Give *app* its database, for `Transaction`, and answer for it while it is away, and when asked how it is.
+
+    GET /health: 200 while the database answers. GET /ready: 200 while what is committed also leaves. The broker may be
+    away for both: its part is done later, and nobody waits for it.
+    """
+    app.state.database = database
+
+    @app.exception_handler(SQLAlchemyError)
+    @app.exception_handler(OSError)
+    async def unavailable(_: Request, error: Exception) -> JSONResponse:
+        # Nothing was promised: whether it was committed, the client's retry finds out.
+        log.warning("not committed: %s", type(error).__name__)
         return JSONResponse(
             {"detail": "not accepted yet: send it again with the same key"},
             status_code=503,
             headers={"Retry-After": "5"},
         )
 
-
-def answer_health(app: FastAPI, sessions: Sessions) -> None:
-    """GET /health: 200 while the database answers. The bus is not asked: away, it is a matter of 503 and a retry."""
-
     @app.get("/health")
     async def health() -> dict[str, str]:
-        async with sessions() as session:
+        async with database.session() as session:
             await session.execute(text("SELECT 1"))
         return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        problems = [] if database.relay is None else database.relay.problems()
+        told = {"status": "not ready" if problems else "ready", "problems": problems}
+        return JSONResponse(told, status_code=503 if problems else 200)
 
 
 async def until_stopped(worker: Worker | None = None) -> None:

@@ -14,6 +14,12 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="SHOP_", frozen=True)
 
     data: Path = Field(default=Path(".eventbus/shop"), description="the folder of the services' files, made if missing")
+    database: str | None = Field(
+        default=None,
+        description="where each service has its database, as postgresql://shop:secret@db/{service}; "
+        "without it a SQLite file each, in the folder",
+    )
+    relay: bool = Field(default=True, description="0: an `eventbus relay` beside the service publishes its outbox")
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=8000, ge=0, le=65535, description="0: any free one")
     smtp_host: str = "127.0.0.1"
@@ -28,3 +34,9 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+    def database_of(self, service: str) -> str:
+        """The URL of the database of *service*."""
+        if self.database is None:
+            return f"sqlite:///{self.data / service}.db"
+        return self.database.replace("{service}", service)

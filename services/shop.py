@@ -189,12 +189,24 @@ def environment_of(ports: dict[str, int]) -> dict[str, str]:
     return dict(os.environ) | told
 
 
+async def make_all_tables(environment: dict[str, str]) -> None:
+    """Once, before anybody starts: the services themselves make none.
+
+    Raises:
+        SetupError: they could not be made; the command has said why.
+    """
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.tables", env=environment)
+    if await process.wait() != 0:
+        raise SetupError("the services' tables could not be made: see above")
+
+
 async def main(console: Console) -> None:
     ports = choose_ports()
     shop = Shop(console, environment_of(ports), ports)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, shop.stop.set)
     try:
+        await make_all_tables(shop.environment)
         for names in (LISTENERS, DOORS):
             await shop.start(names)
         console.print(describe(ports), highlight=False, markup=False, soft_wrap=True)

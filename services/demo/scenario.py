@@ -72,6 +72,11 @@ class Customer:
     def email(self) -> str:
         return f"{self.name.lower()}@example.com"
 
+    @property
+    def event(self) -> tuple[str, Fact]:
+        """Its id, and what it says."""
+        return f"user-registered-{self.user_id}", Fact("user_registered", self.user_id)
+
     async def register(self, shop: Shop) -> None:
         await shop.register(self.name, self.email, key=self.key)
 
@@ -87,6 +92,11 @@ class Order:
     @property
     def order_id(self) -> UUID:
         return uuid5(IDS, f"order {self.number}")
+
+    @property
+    def event(self) -> tuple[str, Fact]:
+        """Its id, and what it says."""
+        return f"order-placed-{self.order_id}", Fact("order_placed", self.order_id)
 
     async def place(self, shop: Shop) -> None:
         sku, quantity, price, currency = BASKETS[self.kind]
@@ -105,7 +115,7 @@ CUSTOMERS = tuple(Customer(name) for name in NAMES)
 ORDERS = tuple(
     Order(number, CUSTOMERS[(number - 1) % len(CUSTOMERS)], KINDS.get(number, "shipped")) for number in range(1, 31)
 )
-# Whose requests are sent again, under the same key: both publish their event a second time.
+# Whose requests are sent again, under the same key, which is no news; and whose events are published a second time.
 IMPATIENT = CUSTOMERS[2]
 ORDERED_TWICE = ORDERS[0]
 SUPPRESSED = len(WANTED["user_registered"]) + len(WANTED["order_placed"])
@@ -129,9 +139,12 @@ async def play(shop: Shop, *, sabotage: str | None, say: Callable[[str], None]) 
     if sabotage == "twice":
         shop.store.forget()
         say("sabotage: the idempotency store has forgotten what was handled")
-    say(f"{IMPATIENT.name} and order {ORDERED_TWICE.number} come a second time: the same events, published twice")
+    say(f"{IMPATIENT.name} and order {ORDERED_TWICE.number} come a second time, which is no news")
     await IMPATIENT.register(shop)
     await ORDERED_TWICE.place(shop)
+    say("relays die before they have noted that they published these two: the next ones publish them again")
+    await shop.publish_again("users", *IMPATIENT.event)
+    await shop.publish_again("orders", *ORDERED_TWICE.event)
     await until_settled(shop, PATIENCE_WITHOUT_RETRIES_S, lost=missing, duplicates=SUPPRESSED)
 
 
@@ -178,6 +191,6 @@ NAMES_BY_ID = {customer.user_id: customer.name for customer in CUSTOMERS} | {
     order.order_id: f"order {order.number} ({order.customer.name})" for order in ORDERS
 }
 # By the ids of the events that everything else follows from.
-LABELS = {f"user-registered-{customer.user_id}": name_of(customer.user_id) for customer in CUSTOMERS} | {
-    f"order-placed-{order.order_id}": name_of(order.order_id) for order in ORDERS
+LABELS = {customer.event[0]: name_of(customer.user_id) for customer in CUSTOMERS} | {
+    order.event[0]: name_of(order.order_id) for order in ORDERS
 }

@@ -20,8 +20,10 @@ import aio_pika
 import httpx
 from aio_pika.exceptions import AMQPError
 from pydantic import TypeAdapter
+from sqlalchemy import update
 
-from eventbus import Bus, Service, Worker
+from eventbus import Service, Worker
+from eventbus.database import OUTBOX, open_engine
 from eventbus.dead_letters import DeadLetter, DeadLetters
 from eventbus.idempotency import MemoryStore
 from eventbus.idempotency.base import Claim, Done, Mine
@@ -31,7 +33,7 @@ from eventbus.transport import from_url
 from eventbus.worker import topology_of
 from services.audit.handlers import service as audit
 from services.demo.ledger import Fact, Handling, Ledger, read
-from services.http import PUBLISH_TIMEOUT, serving
+from services.http import serving
 from services.inventory.handlers import service as inventory
 from services.mailbox.api import create_app as create_mailbox
 from services.mailbox.server import Mail, Mailbox, serving_smtp
@@ -43,6 +45,7 @@ from services.orders.store import resources as open_orders
 from services.payments.handlers import service as payments
 from services.settings import Settings
 from services.shipping.handlers import service as shipping
+from services.tables import TABLES, make_tables
 from services.users.api import create_app as create_users
 from services.users.store import resources as open_users
 
@@ -100,7 +103,10 @@ class Doors:
 
 @dataclass
 class Shop:
-    """A running shop, and what is asked of it from outside. `accepted`: the events that its APIs have answered for."""
+    """A running shop, and what is asked of it from outside. `accepted`: the events that its APIs have answered for.
+
+    A request that comes again is the same event, and so is accepted once; `publish_again` counts besides.
+    """
 
     url: str
     names: Names
@@ -115,12 +121,24 @@ class Shop:
         user = {"name": name, "email": email}
         answer = await self.client.post(f"{self.doors.users}/users", json=user, headers={"Idempotency-Key": key})
         answer.raise_for_status()
-        self.accepted.append(Fact("user_registered", UUID(answer.json()["user_id"])))
+        self._accept(Fact("user_registered", UUID(answer.json()["user_id"])))
 
     async def order(self, order: dict[str, object]) -> None:
         answer = await self.client.post(f"{self.doors.orders}/orders", json=order)
         answer.raise_for_status()
-        self.accepted.append(Fact("order_placed", UUID(answer.json()["order_id"])))
+        self._accept(Fact("order_placed", UUID(answer.json()["order_id"])))
+
+    def _accept(self, fact: Fact) -> None:
+        if fact not in self.accepted:
+            self.accepted.append(fact)
+
+    async def publish_again(self, service: str, event_id: str, fact: Fact) -> None:
+        """Take the relay's mark off an event of *service*, as if the relay had died before it made that."""
+        engine = open_engine(Settings().database_of(service))
+        async with engine.begin() as connection:
+            await connection.execute(update(OUTBOX).where(OUTBOX.c.event_id == event_id).values(published_ms=None))
+        await engine.dispose()
+        self.accepted.append(fact)
 
     async def status(self, order_id: UUID) -> tuple[str, str]:
         """Of an order: its status, and why."""
@@ -187,27 +205,36 @@ async def open_shop(url: str, *, refuse: int, late: tuple[Service[Any], ...] = (
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="eventbus-demo-")))
         mailbox = Mailbox(refuse)
         smtp_port = await stack.enter_async_context(serving_smtp(mailbox, HOST, 0))
-        settle_environment({"SHOP_DATA": str(folder), "SHOP_SMTP_HOST": HOST, "SHOP_SMTP_PORT": str(smtp_port)})
+        settle_environment(
+            {
+                "EVENTBUS_URL": url,  # where relays publish
+                "EVENTBUS_NAMESPACE": names.namespace,
+                "SHOP_DATA": str(folder),
+                "SHOP_SMTP_HOST": HOST,
+                "SHOP_SMTP_PORT": str(smtp_port),
+            }
+        )
+        for service in TABLES:
+            await make_tables(Settings(), service)
         await stack.enter_async_context(namespace(url, names))
         store, workers = CountingStore(), await stack.enter_async_context(AsyncExitStack())
-        doors = await open_doors(stack, url, names, mailbox, smtp_port)
+        doors = await open_doors(stack, mailbox, smtp_port)
         client = await stack.enter_async_context(httpx.AsyncClient(timeout=30.0, trust_env=False))
         shop = Shop(url, names, folder, store, doors, client, workers)
         await shop.start(*(service for service in LISTENERS if service not in late))
         yield shop
 
 
-async def open_doors(stack: AsyncExitStack, url: str, names: Names, mailbox: Mailbox, smtp_port: int) -> Doors:
-    """Everything that speaks HTTP, as each service's `main.py` wires it."""
+async def open_doors(stack: AsyncExitStack, mailbox: Mailbox, smtp_port: int) -> Doors:
+    """Everything that speaks HTTP. The relay of orders is the one that its worker has."""
     settings, ports = Settings(), {}
-    apps = {"mailbox": create_mailbox(mailbox)}
-    for name, open_sessions, create_app in (
-        ("users", open_users, create_users),
-        ("orders", open_orders, create_orders),
-    ):
-        sessions = await stack.enter_async_context(open_sessions(settings))
-        bus = Bus(url, source=f"/services/{name}", namespace=names.namespace, publish_timeout=PUBLISH_TIMEOUT)
-        apps[name] = create_app(sessions, await stack.enter_async_context(bus))
+    users_db = await stack.enter_async_context(open_users(settings))
+    orders_db = await stack.enter_async_context(open_orders(settings.model_copy(update={"relay": False})))
+    apps = {
+        "mailbox": create_mailbox(mailbox),
+        "users": create_users(users_db),
+        "orders": create_orders(orders_db),
+    }
     for name, app in apps.items():
         ports[name] = await stack.enter_async_context(serving(app, HOST, 0))
     return Doors(**{name: f"http://{HOST}:{port}" for name, port in ports.items()}, smtp=f"{HOST}:{smtp_port}")

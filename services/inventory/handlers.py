@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from eventbus import Context, Service
 from schemas import CATALOGUE, OrderPlaced, PaymentDeclined, StockRejected, StockReleased, StockReserved
-from services.database import Sessions
+from services.database import Database, alone
 from services.inventory.store import Article, Reservation, resources
 from services.settings import Settings
 
@@ -21,31 +21,32 @@ service = Service(
 
 
 @service.on("order_placed", idempotency_key="order_id")
-async def reserve(event: OrderPlaced, context: Context[Sessions]) -> None:
-    """Set everything aside, or reject; a second run finds the first one's answer and gives it again."""
-    async with context.state.begin() as session:
+async def reserve(event: OrderPlaced, context: Context[Database]) -> None:
+    """Set everything aside, or reject, and say so; an order that was answered before gets the same answer again."""
+    async with context.transaction() as session:
+        await alone(session, event.order_id)
         reservation = await session.get(Reservation, event.order_id)
         if reservation is None:
             reservation = await take_from_shelves(event, session)
             session.add(reservation)
         elif reservation.status == "unwanted":
             reservation.status = "rejected"
-    await context.publish(answer(reservation), subject=str(event.order_id))
+        await context.publish(answer(reservation), subject=str(event.order_id))
 
 
 @service.on("payment_declined", idempotency_key="order_id")
-async def release(event: PaymentDeclined, context: Context[Sessions]) -> None:
+async def release(event: PaymentDeclined, context: Context[Database]) -> None:
     """Put back what was set aside; when the order is still unknown, remember that nothing is to be."""
-    async with context.state.begin() as session:
+    async with context.transaction() as session:
+        await alone(session, event.order_id)
         reservation = await session.get(Reservation, event.order_id)
         if reservation is None:
             session.add(Reservation(event.order_id, "unwanted", event.reason))
         elif reservation.status == "reserved":
             await put_back(reservation, session)
             reservation.status, reservation.reason = "released", event.reason
-    if reservation is not None and reservation.status == "released":
-        released = StockReleased(order_id=event.order_id, quantities=reservation.quantities, reason=reservation.reason)
-        await context.publish(released, subject=str(event.order_id))
+        if reservation is not None and reservation.status == "released":
+            await context.publish(released(reservation), subject=str(event.order_id))
 
 
 async def take_from_shelves(event: OrderPlaced, session: AsyncSession) -> Reservation:
@@ -53,7 +54,9 @@ async def take_from_shelves(event: OrderPlaced, session: AsyncSession) -> Reserv
     wanted: Counter[str] = Counter()
     for line in event.lines:
         wanted[line.sku] += line.quantity
-    articles = {sku: await session.get(Article, sku) for sku in wanted}
+    # In the order of their names, here and in `put_back`: two orders that each hold what the other one wants would wait
+    # for ever.
+    articles = {sku: await session.get(Article, sku, with_for_update=True) for sku in sorted(wanted)}
     short = sorted(sku for sku, article in articles.items() if article is None or article.available < wanted[sku])
     if short:
         return Reservation(event.order_id, "rejected", f"out of stock: {', '.join(short)}")
@@ -64,8 +67,8 @@ async def take_from_shelves(event: OrderPlaced, session: AsyncSession) -> Reserv
 
 
 async def put_back(reservation: Reservation, session: AsyncSession) -> None:
-    for sku, quantity in reservation.quantities.items():
-        article = await session.get_one(Article, sku)
+    for sku, quantity in sorted(reservation.quantities.items()):
+        article = await session.get_one(Article, sku, with_for_update=True)
         article.available += quantity
 
 
@@ -74,3 +77,7 @@ def answer(reservation: Reservation) -> StockReserved | StockRejected:
     if reservation.status == "rejected":
         return StockRejected(order_id=reservation.order_id, reason=reservation.reason)
     return StockReserved(order_id=reservation.order_id, quantities=reservation.quantities)
+
+
+def released(reservation: Reservation) -> StockReleased:
+    return StockReleased(order_id=reservation.order_id, quantities=reservation.quantities, reason=reservation.reason)

@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import JSON, CheckConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from services.database import Sessions, open_database
+from services.database import Database, alone, open_database
 from services.settings import Settings
 
 # What a new shop has on its shelves. The unicorn is listed, and never there: who orders it meets the sad path.
@@ -44,11 +44,12 @@ class Reservation(Base):
 
 
 @asynccontextmanager
-async def resources(settings: Settings, stock: Mapping[str, int] = FIRST_STOCK) -> AsyncIterator[Sessions]:
+async def resources(settings: Settings, stock: Mapping[str, int] = FIRST_STOCK) -> AsyncIterator[Database]:
     """Open the database; *stock* fills in the articles that it has never heard of."""
-    async with open_database(settings.data / "inventory.db", Base) as sessions:
-        async with sessions.begin() as session:
+    async with open_database(settings, "inventory", has_outbox=True) as database:
+        async with database.begin() as session:
+            await alone(session, "shelves")
             for sku, available in stock.items():
                 if await session.get(Article, sku) is None:
                     session.add(Article(sku, available))
-        yield sessions
+        yield database

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from services.database import Sessions, open_database
+from services.database import Database, open_database
 from services.settings import Settings
 
 
@@ -25,7 +25,7 @@ class Subscriber(Base):
 
 
 @asynccontextmanager
-async def resources(settings: Settings) -> AsyncIterator[Sessions]:
+async def resources(settings: Settings) -> AsyncIterator[Database]:
     """Open the database."""
-    async with open_database(settings.data / "marketing.db", Base) as sessions:
-        yield sessions
+    async with open_database(settings, "marketing") as database:
+        yield database

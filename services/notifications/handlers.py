@@ -47,14 +47,14 @@ async def explain_cancellation(event: OrderCancelled, context: Context[PostOffic
 async def send_once(mail: Mail, context: Context[PostOffice]) -> None:
     """Send *mail*, unless this event's mail was sent before, also by an earlier process."""
     office, message_id = context.state, message_id_of(context.envelope, context.handler)
-    async with office.sessions() as session:
+    async with office.database.session() as session:
         if await session.get(SentMail, message_id) is not None:
             return
     try:
         await office.server.send(mail, message_id=message_id, event_id=context.envelope.id)
     except MailRefused as error:
         raise Reject(str(error)) from None
-    async with office.sessions.begin() as session:
+    async with office.database.begin() as session:
         await session.merge(SentMail(message_id, context.envelope.id))
 
 

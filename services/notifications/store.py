@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
-from services.database import Sessions, open_database
+from services.database import Database, open_database
 from services.notifications.smtp import MailServer
 from services.settings import Settings
 
@@ -28,12 +28,12 @@ class SentMail(Base):
 class PostOffice:
     """What the handlers work with: the database and the mail server."""
 
-    sessions: Sessions
+    database: Database
     server: MailServer
 
 
 @asynccontextmanager
 async def resources(settings: Settings) -> AsyncIterator[PostOffice]:
     """Open what the handlers work with. The mail server is not called yet: it may be away when we start."""
-    async with open_database(settings.data / "notifications.db", Base) as sessions:
-        yield PostOffice(sessions, MailServer(settings.smtp_host, settings.smtp_port))
+    async with open_database(settings, "notifications") as database:
+        yield PostOffice(database, MailServer(settings.smtp_host, settings.smtp_port))

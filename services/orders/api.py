@@ -1,8 +1,8 @@
-"""The HTTP door of orders: POST /orders, GET /orders/{id}, GET /health.
+"""The HTTP door of orders: POST /orders, GET /orders/{id}, GET /health, GET /ready.
 
-POST answers once the broker has the event, before anybody has worked on it. The order's id comes from the client and
-makes the event's id, so that the client's retry, after a 503 or no answer at all, is the same order. Before the 202
-nothing is promised: an order that nobody asks for again stays `received`, and is never worked on unless the bus had it.
+POST answers once the order and its event are committed, before the broker or anybody else has heard of it. The order's
+id comes from the client and makes the event's id, so that the client's retry, after a 503 or no answer at all, is the
+same order. An order that is there will be worked on, and one that is not was never promised.
 """
 
 from decimal import Decimal
@@ -11,11 +11,12 @@ from uuid import UUID
 
 from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from eventbus import Bus
+from eventbus.outbox import Outbox
 from schemas import Money, OrderLine, OrderPlaced
-from services.database import Sessions
-from services.http import Email, answer_health, answer_when_the_bus_is_away
+from services.database import Database, alone
+from services.http import Email, Transaction, put_on
 from services.orders.store import Order, Status
 
 
@@ -46,14 +47,14 @@ class NewOrder(BaseModel):
 
 
 class Accepted(BaseModel):
-    """The bus has the order; `GET /orders/{order_id}` tells what becomes of it."""
+    """The order is committed; `GET /orders/{order_id}` tells what becomes of it."""
 
     order_id: UUID
     event_id: str
 
 
 class OrderView(BaseModel):
-    """What is known of an order now. `received`: the bus has not confirmed it yet."""
+    """What is known of an order now. `received`: its event has not come back from the bus yet."""
 
     order_id: UUID
     status: Status
@@ -65,23 +66,23 @@ class OrderView(BaseModel):
     lines: tuple[OrderLine, ...]
 
 
-def create_app(sessions: Sessions, bus: Bus) -> FastAPI:
-    """The app, on a database and a bus that somebody else opens and closes."""
+def create_app(database: Database) -> FastAPI:
+    """The app, on a database that somebody else opens and closes."""
     app = FastAPI(title="orders")
-    answer_when_the_bus_is_away(app)
-    answer_health(app, sessions)
+    put_on(app, database)
+    outbox = Outbox(source="/services/orders")
 
     @app.post("/orders", status_code=202)
-    async def place(order: NewOrder, response: Response) -> Accepted:
-        event = order.event()
-        await remember(sessions, event)
-        sent = await bus.publish(event, id=f"order-placed-{order.order_id}", subject=str(order.order_id))
+    async def place(order: NewOrder, response: Response, session: Transaction) -> Accepted:
+        event, event_id = order.event(), f"order-placed-{order.order_id}"
+        if await remember(session, event):
+            await outbox.publish(session, event, id=event_id, subject=str(order.order_id))
         response.headers["Location"] = f"/orders/{order.order_id}"
-        return Accepted(order_id=order.order_id, event_id=sent.id)
+        return Accepted(order_id=order.order_id, event_id=event_id)
 
     @app.get("/orders/{order_id}")
     async def show(order_id: UUID) -> OrderView:
-        async with sessions() as session:
+        async with database.session() as session:
             order = await session.get(Order, order_id)
         if order is None or order.placed is None:
             raise HTTPException(404, f"no order {order_id}")
@@ -90,17 +91,19 @@ def create_app(sessions: Sessions, bus: Bus) -> FastAPI:
     return app
 
 
-async def remember(sessions: Sessions, event: OrderPlaced) -> None:
-    """Keep the order before its event leaves, so that it is here when the first answer to it arrives."""
-    async with sessions.begin() as session:
-        order = await session.get(Order, event.order_id)
-        if order is None:
-            order = Order(event.order_id)
-            session.add(order)
-        if order.placed is None:
-            order.placed = event.model_dump_json()
-        if OrderPlaced.model_validate_json(order.placed) != event:
-            raise HTTPException(409, f"order {event.order_id} exists, and is another one: choose a new order_id")
+async def remember(session: AsyncSession, event: OrderPlaced) -> bool:
+    """Keep the order; whether it is a new one. A retry finds itself, another order under the same id is a conflict."""
+    await alone(session, event.order_id)
+    order = await session.get(Order, event.order_id)
+    if order is None:
+        order = Order(event.order_id)
+        session.add(order)
+    is_new = order.placed is None
+    if order.placed is None:
+        order.placed = event.model_dump_json()
+    if OrderPlaced.model_validate_json(order.placed) != event:
+        raise HTTPException(409, f"order {event.order_id} exists, and is another one: choose a new order_id")
+    return is_new
 
 
 def view(order: Order, placed: OrderPlaced) -> OrderView:

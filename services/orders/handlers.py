@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from eventbus import Context, Service
 from schemas import CATALOGUE, OrderCancelled, OrderPlaced
-from services.database import Sessions
+from services.database import Database, alone
 from services.orders.store import Fact, Order, learn, resources
 from services.settings import Settings
 
@@ -27,16 +27,17 @@ service = Service(
     "order_shipped",
     idempotency_key="order_id",
 )
-async def follow(event: Fact, context: Context[Sessions]) -> None:
+async def follow(event: Fact, context: Context[Database]) -> None:
     """Note what was heard; the event that cancels the order says so, and does so again if it runs again."""
-    async with context.state.begin() as session:
+    async with context.transaction() as session:
+        await alone(session, event.order_id)
         order = await session.get(Order, event.order_id)
         if order is None:  # placed by somebody else than our API, and its own event is still on the way
             order = Order(event.order_id)
             session.add(order)
         learn(order, event)
-    if order.cancelled_by == event.event_name:
-        await context.publish(cancelled(order), subject=str(event.order_id))
+        if order.cancelled_by == event.event_name:
+            await context.publish(cancelled(order), subject=str(event.order_id))
 
 
 def cancelled(order: Order) -> OrderCancelled:

@@ -20,7 +20,7 @@ from schemas import (
     StockReleased,
     StockReserved,
 )
-from services.database import Sessions, open_database
+from services.database import Database, open_database
 from services.settings import Settings
 
 Fact = (
@@ -108,7 +108,7 @@ def learn(order: Order, fact: Fact) -> None:
 
 
 @asynccontextmanager
-async def resources(settings: Settings) -> AsyncIterator[Sessions]:
+async def resources(settings: Settings) -> AsyncIterator[Database]:
     """Open the database."""
-    async with open_database(settings.data / "orders.db", Base) as sessions:
-        yield sessions
+    async with open_database(settings, "orders", has_outbox=True) as database:
+        yield database

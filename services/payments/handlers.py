@@ -12,6 +12,7 @@ from decimal import Decimal
 
 from eventbus import Context, Reject, Service
 from schemas import CATALOGUE, OrderPlaced, PaymentCaptured, PaymentDeclined, PaymentRefunded, StockRejected
+from services.database import alone
 from services.payments.store import Payment, Till, resources
 from services.settings import Settings
 
@@ -22,29 +23,31 @@ service = Service(
 
 @service.on("order_placed", idempotency_key="order_id")
 async def capture(event: OrderPlaced, context: Context[Till]) -> None:
-    """Take the money, or decline; a second run finds the first one's answer and gives it again."""
+    """Take the money, or decline, and say so; an order that was answered before gets the same answer again."""
     till = context.state
     if event.total.currency not in till.accounts:
         raise Reject(f"no account takes {event.total.currency}: add it to SHOP_ACCOUNTS, then replay")
-    async with till.sessions.begin() as session:
+    async with context.transaction() as session:
+        await alone(session, event.order_id)
         payment = await session.get(Payment, event.order_id)
         if payment is None or payment.status == "unwanted":
             payment = await session.merge(decide(event, payment, till.limit))
-    await context.publish(answer(payment), subject=str(event.order_id))
+        await context.publish(answer(payment), subject=str(event.order_id))
 
 
 @service.on("stock_rejected", idempotency_key="order_id")
 async def give_back(event: StockRejected, context: Context[Till]) -> None:
     """Refund what was captured; when the order is still unknown, remember that nothing is to be taken."""
-    async with context.state.sessions.begin() as session:
+    async with context.transaction() as session:
+        await alone(session, event.order_id)
         payment = await session.get(Payment, event.order_id)
         if payment is None:
             session.add(Payment(event.order_id, "unwanted", event.reason))
         elif payment.status == "captured":
             payment.status, payment.reason = "refunded", event.reason
-    if payment is not None and payment.status == "refunded":
-        refunded = PaymentRefunded(order_id=event.order_id, amount=payment.money, reason=payment.reason)
-        await context.publish(refunded, subject=str(event.order_id))
+        if payment is not None and payment.status == "refunded":
+            refunded = PaymentRefunded(order_id=event.order_id, amount=payment.money, reason=payment.reason)
+            await context.publish(refunded, subject=str(event.order_id))
 
 
 def decide(event: OrderPlaced, unwanted: Payment | None, limit: Decimal) -> Payment:

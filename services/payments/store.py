@@ -10,7 +10,7 @@ from uuid import UUID
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from schemas import Money
-from services.database import Exact, Sessions, open_database
+from services.database import Database, Exact, open_database
 from services.settings import Settings
 
 
@@ -37,11 +37,10 @@ class Payment(Base):
         return Money(amount=self.amount, currency=self.currency)
 
 
-@dataclass(frozen=True, slots=True)
-class Till:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Till(Database):
     """What the handlers work with: the database, the currencies that are taken, the largest total."""
 
-    sessions: Sessions
     accounts: frozenset[str]
     limit: Decimal
 
@@ -49,5 +48,5 @@ class Till:
 @asynccontextmanager
 async def resources(settings: Settings) -> AsyncIterator[Till]:
     """Open what the handlers work with."""
-    async with open_database(settings.data / "payments.db", Base) as sessions:
-        yield Till(sessions, settings.accounts, settings.payment_limit)
+    async with open_database(settings, "payments", has_outbox=True) as database:
+        yield Till(database.engine, database.relay, accounts=settings.accounts, limit=settings.payment_limit)

@@ -8,7 +8,7 @@ from typing import assert_never
 
 from eventbus import Context, Service
 from schemas import CATALOGUE, OrderPlaced, OrderShipped, PaymentCaptured, StockReserved
-from services.database import Sessions
+from services.database import Database, alone
 from services.settings import Settings
 from services.shipping.store import Parcel, resources
 
@@ -18,16 +18,17 @@ service = Service(
 
 
 @service.on("order_placed", "payment_captured", "stock_reserved", idempotency_key="order_id")
-async def ship(event: OrderPlaced | PaymentCaptured | StockReserved, context: Context[Sessions]) -> None:
+async def ship(event: OrderPlaced | PaymentCaptured | StockReserved, context: Context[Database]) -> None:
     """Note what was heard; the event that completes the parcel ships it, and does so again if it runs again."""
-    async with context.state.begin() as session:
+    async with context.transaction() as session:
+        await alone(session, event.order_id)
         parcel = await session.get(Parcel, event.order_id)
         if parcel is None:
             parcel = Parcel(event.order_id)
             session.add(parcel)
         note(parcel, event)
-    if parcel.completed_by == event.event_name:
-        await context.publish(shipped(parcel), subject=str(event.order_id))
+        if parcel.completed_by == event.event_name:
+            await context.publish(shipped(parcel), subject=str(event.order_id))
 
 
 def note(parcel: Parcel, event: OrderPlaced | PaymentCaptured | StockReserved) -> None:
