@@ -96,5 +96,5 @@ class SmallPlay:
     async def _effects(self, database: str, table: str) -> Counter[str]:
         return Counter(str(order) for (order,) in await self._databases.ask(database, f"SELECT order_id FROM {table}"))
 
-    def _told(self, event: type[small.Captured | small.Reserved]) -> set[str]:
-        return {str(e.event(event).order_id) for e in self._witness.of_type(event.event_type)}
+    def _told(self, event: type[small.Captured | small.Reserved]) -> Counter[str]:
+        return Counter(str(e.event(event).order_id) for e in self._witness.of_type(event.event_type))
