@@ -33,9 +33,9 @@ ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL
 	@$(BIN)/python -m tests.faults.ledger $(if $(CELL),--cell $(CELL)) $(if $(BROKER),--broker $(BROKER)) \
 		$(if $(EVENTS),--events $(EVENTS)) $(if $(MISSING),--missing)
 
-kills: $(VENV)/.dev  ## the shop's services killed at every step, and every order counted; ORDERS=1000 KILLS=50 STORE=sqlite|postgresql SEED=...
+kills: $(VENV)/.dev  ## the shop's services killed at every step, and every order counted; ORDERS=1000 KILLS=50 STORE=sqlite|postgresql OUTAGE=60
 	@$(BIN)/python -m tests.faults.kills $(if $(ORDERS),--orders $(ORDERS)) $(if $(KILLS),--kills $(KILLS)) \
-		$(if $(STORE),--store $(STORE)) $(if $(BROKER),--broker $(BROKER)) $(if $(SEED),--seed $(SEED))
+		$(if $(STORE),--store $(STORE)) $(if $(BROKER),--broker $(BROKER)) $(if $(OUTAGE),--outage $(OUTAGE)) $(if $(SEED),--seed $(SEED))
 
 lateness: $(VENV)/.dev  ## is anything early that the delay tree brings, and how late: LEDGER.md; BROKER=... COUNTS=100,1000
 	@$(BIN)/python -m tests.faults.lateness $(if $(BROKER),--broker $(BROKER)) $(if $(COUNTS),--counts $(COUNTS))

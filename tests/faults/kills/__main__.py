@@ -23,8 +23,8 @@ from rich.table import Table
 from tests.faults.kills import saboteurs
 from tests.faults.kills.count import Count
 from tests.faults.kills.points import POINTS
-from tests.faults.kills.run import KEPT, Result, aims_for, run_play
-from tests.faults.kills.shop import SERVICES, ShopPlay
+from tests.faults.kills.run import KEPT, Result, aims_for, run_outage, run_play
+from tests.faults.kills.shop import SERVICES, ShopPlay, outage_aims
 from tests.faults.kills.stage import Databases, Place, Store
 from tests.servers import Brokers, NoBroker, ServerError
 from tests.stores import NoStore, Stores
@@ -39,6 +39,8 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--store", choices=get_args(Store), action="append",
                         help="where services and keys have their databases (default: both kinds)")  # fmt: skip
     parser.add_argument("--broker", help="only this line (default: the first that is here)")
+    parser.add_argument("--outage", type=_positive, metavar="SECONDS",
+                        help="instead: the broker is away for so long, and doors die right after a commit")  # fmt: skip
     parser.add_argument("--seed", type=int, help="which steps, and at what count")
     parser.add_argument("--saboteur", choices=list(saboteurs.ALL), help="a bus that is wrong on purpose")
     return parser.parse_args(arguments)
@@ -88,6 +90,12 @@ async def run_on(
         databases = Databases(store, stores, Path(folder))
         try:
             async with ShopPlay.on(Place(broker, await asyncio.to_thread(broker.new_vhost)), databases) as play:
+                if options.outage:
+                    before = options.orders // 10
+                    aims = outage_aims(before, options.orders - before)
+                    return await run_outage(
+                        play, Path(folder), orders=(before, options.orders - before), aims=aims, outage_s=options.outage
+                    )
                 return await run_play(
                     play, Path(folder), orders=options.orders, aims=aims_for(play, options.kills, seed),
                     saboteur=options.saboteur, tell=tell,

@@ -58,20 +58,24 @@ class SmallPlay:
 
     @classmethod
     @asynccontextmanager
-    async def on(cls, place: Place, databases: Databases) -> AsyncIterator[SmallPlay]:
+    async def on(cls, place: Place, databases: Databases, *, fail_first: bool = False) -> AsyncIterator[SmallPlay]:
+        """*fail_first*: each first attempt of payments fails at its end."""
         witness = Witness()
         async with witness.listening(place.url), Bus(place.url, source="/orders") as bus:
             play = cls(place, databases, witness, bus)
-            await play._open()
+            await play._open(fail_first)
             yield play
 
-    async def _open(self) -> None:
+    async def _open(self, fail_first: bool) -> None:
         urls = {name: await self._databases.new(name) for name in ("payments", "inventory", "store")}
         for database in urls.values():
             await small.make_tables(database)
         settings = {"EVENTBUS_URL": self.place.url, "EVENTBUS_IDEMPOTENCY": urls["store"]}
-        for name, points in (("payments", BY_INBOX), ("inventory", BY_KEY)):
-            self.parts[name] = Part(["tests.faults.kills.small", name, urls[name]], points, settings)
+        words = {name: ["tests.faults.kills.small", name, urls[name]] for name in self.services}
+        if fail_first:
+            words["payments"].append("--fail-first")
+        self.parts["payments"] = Part(words["payments"], BY_INBOX, settings)
+        self.parts["inventory"] = Part(words["inventory"], BY_KEY, settings)
 
     async def order(self, numbers: range) -> None:
         sent = await self._bus.publish_many(small.Placed(order_id=number) for number in numbers)

@@ -10,6 +10,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,14 @@ BY_INBOX = (*_DELIVERY, "after-begin", *_TRANSACTION, *_RELAY)
 BY_OUTBOX = (*_TRANSACTION, *_RELAY)
 # Reached once for many orders at a time.
 OF_MANY = ("after-pick", "before-mark", "after-mark", "after-ack")
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """Where a program is to die: when it comes to *point* for the *nth* time."""
+
+    point: str
+    nth: int = 1
 
 
 def arm(name: str, nth: int, killed: Path) -> None:

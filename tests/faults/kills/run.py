@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.faults.kills.count import Count, count
 from tests.faults.kills.play import Play
-from tests.faults.kills.points import OF_MANY
+from tests.faults.kills.points import OF_MANY, Aim
 from tests.faults.ledger.processes import Program
 
 LOOK_AGAIN_S = 0.25
@@ -26,14 +26,6 @@ START_S = 90.0
 QUIET_S = 60.0  # nothing has happened for so long, though a lease ends after half a minute: it will not happen any more
 IDLE_S = 5.0  # everything is done, and a step that was not reached by now will not be
 KEPT = Path(".eventbus/kills")  # what bad runs leave behind
-
-
-@dataclass(frozen=True, slots=True)
-class Aim:
-    """Where a program is to die: when it comes to *point* for the *nth* time."""
-
-    point: str
-    nth: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +70,7 @@ class Run:
     folder: Path
     aims: Mapping[str, Iterable[Aim]]
     options: list[str]  # for every victim
+    is_patient: bool = False  # a program that cannot start is started again, as a container engine does
     killed: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -107,11 +100,12 @@ class Run:
             while program.is_running:  # noqa: ASYNC110  # a process tells nobody
                 await asyncio.sleep(0.02)
             program.close()
-            if aim is None or not told.exists() or program.process.returncode != -signal.SIGKILL:
+            if aim is not None and told.exists() and program.process.returncode == -signal.SIGKILL:
+                told.unlink()
+                left.popleft()
+                self.killed[name, aim.point] += 1
+            elif not self.is_patient:
                 raise AssertionError(f"{name} ended with {program.process.returncode}:\n{program.log_tail()}")
-            told.unlink()
-            left.popleft()
-            self.killed[name, aim.point] += 1
 
     def _words(self, name: str, aim: Aim | None, told: Path) -> list[str]:
         part = self.play.parts[name]
@@ -148,12 +142,61 @@ async def run_play(
     orders there were, and the figures so far.
     """
     options = (["--lease-s", str(lease_s)] if lease_s else []) + (["--saboteur", saboteur] if saboteur else [])
-    began = time.monotonic()
     run = Run(play, folder, aims, options)
+
+    async def flow(keeping: asyncio.Task[None]) -> None:
+        await _flow(run, keeping, orders, quiet_s, tell)
+
+    return await _run(run, flow, is_wrong_on_purpose=saboteur is not None)
+
+
+async def run_outage(
+    play: Play,
+    folder: Path,
+    *,
+    orders: tuple[int, int],
+    aims: Mapping[str, Iterable[Aim]],
+    outage_s: float,
+    lease_s: float | None = None,
+    quiet_s: float = QUIET_S,
+) -> Result:
+    """Place the first number of *orders*, and the second one while the broker is away for *outage_s* at least.
+
+    It comes back once all of *aims* have happened. Then whoever ended meanwhile can start again, and all is done.
+    """
+    before, total = orders[0], sum(orders)
+    broker = play.place.broker
+    run = Run(play, folder, aims, ["--lease-s", str(lease_s)] if lease_s else [], is_patient=True)
+
+    async def flow(keeping: asyncio.Task[None]) -> None:
+        # It would forget queues that were declared within the last second.
+        await asyncio.to_thread(broker.restart)
+        await play.order(range(before))
+        await _settled(run, keeping, quiet_s)
+        await asyncio.to_thread(broker.kill)
+        back_s = time.monotonic() + outage_s
+        ordering = asyncio.create_task(play.order(range(before, total)))
+        deadline = time.monotonic() + outage_s + START_S
+        while run.kills_left or time.monotonic() < back_s:
+            assert time.monotonic() < deadline, f"not reached while the broker was away: {run.unreached}"
+            await asyncio.sleep(LOOK_AGAIN_S)
+        assert count(await play.look()).waiting, "nothing was committed while the broker was away"
+        await asyncio.to_thread(broker.start)
+        await ordering
+        await _settled(run, keeping, quiet_s)
+
+    return await _run(run, flow)
+
+
+async def _run(
+    run: Run, flow: Callable[[asyncio.Task[None]], Awaitable[None]], *, is_wrong_on_purpose: bool = False
+) -> Result:
+    """Start the programs, let *flow* happen, and count."""
+    began, play, folder = time.monotonic(), run.play, run.folder
     keeping = asyncio.create_task(run.keep_all())
     try:
         await _started(run, keeping)
-        await _flow(run, keeping, orders, quiet_s, tell)
+        await flow(keeping)
         await _until(play.place.is_empty)
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
@@ -169,7 +212,7 @@ async def run_play(
         await asyncio.gather(keeping, return_exceptions=True)
         run.discard()
     result = Result(counted, run.killed, run.unreached, time.monotonic() - began)
-    if result.failings and saboteur is None:
+    if result.failings and not is_wrong_on_purpose:
         keep(folder)
     return result
 
@@ -179,6 +222,17 @@ async def _started(run: Run, keeping: asyncio.Task[None]) -> None:
     deadline = time.monotonic() + START_S
     while not keeping.done() and not await run.play.place.has_queues(run.play.services):
         assert time.monotonic() < deadline, f"the services' queues were not there within {START_S:.0f} s"
+        await asyncio.sleep(LOOK_AGAIN_S)
+
+
+async def _settled(run: Run, keeping: asyncio.Task[None], quiet_s: float) -> None:
+    """Until nothing more has to happen, or nothing moves any more."""
+    seen, moved_s = None, time.monotonic()
+    while not (counted := count(await run.play.look())).is_settled and time.monotonic() - moved_s < quiet_s:
+        if keeping.done():
+            keeping.result()
+        if counted != seen:
+            seen, moved_s = counted, time.monotonic()
         await asyncio.sleep(LOOK_AGAIN_S)
 
 

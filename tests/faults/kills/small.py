@@ -30,6 +30,7 @@ class Placed(Event, name="placed"):
 
 class Captured(Event, name="captured"):
     order_id: int
+    attempt: int  # so that what an attempt said which came to nothing is another event than what counts
 
 
 class Reserved(Event, name="reserved"):
@@ -45,7 +46,9 @@ async def make_tables(url: str) -> None:
     await engine.dispose()
 
 
-def payments(database: str) -> Service[AsyncEngine]:
+def payments(database: str, *, fail_first: bool) -> Service[AsyncEngine]:
+    """*fail_first*: each first attempt fails once it has written and published all that it wanted."""
+
     @asynccontextmanager
     async def lifespan(_: Service[AsyncEngine]) -> AsyncIterator[AsyncEngine]:
         engine = open_engine(database)
@@ -59,7 +62,10 @@ def payments(database: str) -> Service[AsyncEngine]:
     async def capture(event: Placed, context: Context[AsyncEngine]) -> None:
         async with context.transaction() as session:
             await session.execute(insert(PAYMENTS).values(order_id=event.order_id))
-            await context.publish(Captured(order_id=event.order_id), subject=str(event.order_id))
+            captured = Captured(order_id=event.order_id, attempt=context.attempt)
+            await context.publish(captured, subject=str(event.order_id))
+            if fail_first and context.attempt == 1:
+                raise ConnectionError("the first attempt fails")
 
     return service
 
@@ -84,11 +90,13 @@ def inventory(database: str) -> Service[AsyncEngine]:
     return service
 
 
-SERVICES = {"payments": payments, "inventory": inventory}
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("service", choices=list(SERVICES))
+    parser.add_argument("service", choices=["payments", "inventory"])
     parser.add_argument("database")
+    parser.add_argument("--fail-first", action="store_true")
     options = parser.parse_args()
-    run(SERVICES[options.service](options.database))
+    if options.service == "payments":
+        run(payments(options.database, fail_first=options.fail_first))
+    else:
+        run(inventory(options.database))
