@@ -22,6 +22,7 @@ from tests.servers import BrokerServer
 from tests.stores import Stores
 
 ORDERS = 60
+SHOP_KILLS = 10
 LEASE_S = 3.0
 QUIET_S = 40.0  # longer than whatever is waited for here, on a busy computer
 WRONG_QUIET_S = 10.0  # several leases: what a wrong build has lost does not come back
@@ -65,11 +66,11 @@ async def test_the_shop_is_killed_and_every_order_has_one_payment_and_one_reserv
 ) -> None:
     async with ShopPlay.on(place, databases) as play:
         result = await run_play(
-            play, tmp_path, orders=ORDERS, aims=aims_for(play, 15, seed=0), lease_s=LEASE_S, quiet_s=QUIET_S
+            play, tmp_path, orders=ORDERS, aims=aims_for(play, SHOP_KILLS, seed=0), lease_s=LEASE_S, quiet_s=QUIET_S
         )
 
     assert result.failings == ()
-    assert (result.killed.total(), result.counted.placed) == (15, ORDERS)
+    assert (result.killed.total(), result.counted.placed) == (SHOP_KILLS, ORDERS)
     assert result.counted.rows == result.counted.arrived == 5 * ORDERS
 
 

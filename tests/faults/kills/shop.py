@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from uuid import UUID, uuid5
 
@@ -97,7 +97,7 @@ class ShopPlay:
         user = {"name": f"Customer {number}", "email": email}
         await asyncio.gather(self._post("users", user, {"Idempotency-Key": key}), self._post("orders", order, {}))
 
-    async def _post(self, door: str, body: dict[str, object], headers: dict[str, str]) -> None:
+    async def _post(self, door: str, body: Mapping[str, object], headers: Mapping[str, str]) -> None:
         """Until it is accepted. A door that died in the middle may have committed it, and then does nothing again."""
         url = f"http://127.0.0.1:{self._ports[door]}/{door}"
         async with self._at_a_time[door], asyncio.timeout(ACCEPTED_S):
