@@ -6,11 +6,11 @@ import asyncio
 import json
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 
-from sqlalchemy import RowMapping, func, insert, select
+from sqlalchemy import Connection, RowMapping, event, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from eventbus import Envelope, Event
@@ -114,3 +114,21 @@ async def arriving(url: str) -> AsyncIterator[Arrived]:
                 await asyncio.gather(collecting, return_exceptions=True)
     finally:
         await transport.close()
+
+
+@contextmanager
+def broken_commits(engine: AsyncEngine) -> Iterator[None]:
+    """Inside the block every commit fails: PostgreSQL has hung up, SQLite has no transaction any more."""
+
+    def break_it(connection: Connection) -> None:
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
+        else:
+            connection.exec_driver_sql("ROLLBACK")
+            connection.exec_driver_sql("COMMIT")
+
+    event.listen(engine.sync_engine, "commit", break_it)
+    try:
+        yield
+    finally:
+        event.remove(engine.sync_engine, "commit", break_it)

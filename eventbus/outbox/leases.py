@@ -75,6 +75,7 @@ class Leases:
             if given_up:
                 await self._give_up(connection, given_up)
             taken = await self._take(connection, share - len(mine)) if len(mine) < share else set()
+        self._has_rows = True  # not before they are committed: a first look that fails leaves none
         self._note((mine - given_up) | taken, taken, began_s + LEASE.total_seconds() - MARGIN_S)
         self._leaving = set(sorted(mine)[share:]) - given_up
 
@@ -108,7 +109,6 @@ class Leases:
         is_relay = LEASES.c.name.startswith(RELAY_PREFIX)
         ended = select(LEASES.c.name).where(is_relay, LEASES.c.ends_ms <= now_ms()).with_for_update(skip_locked=True)
         await connection.execute(delete(LEASES).where(LEASES.c.name.in_(ended)))
-        self._has_rows = True
         living = select(func.count()).where(is_relay, LEASES.c.ends_ms > now_ms())
         return max(1, (await connection.execute(living)).scalar_one())
 

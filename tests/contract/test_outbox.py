@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from opentelemetry import trace
 from sqlalchemy import insert, select, text, update
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from eventbus import Envelope, EnvelopeError, Service, SetupError, Worker
@@ -23,7 +23,18 @@ from eventbus.outbox import relay as relay_module
 from eventbus.outbox.base import BUCKETS
 from eventbus.outbox.leases import Leases
 from eventbus.outbox.sql import MOST_DELETED, Rows, set_aside, try_again
-from tests.outboxes import Placed, arriving, new_broker, place, place_many, relayed, rows_of, until_asked, waiting
+from tests.outboxes import (
+    Placed,
+    arriving,
+    broken_commits,
+    new_broker,
+    place,
+    place_many,
+    relayed,
+    rows_of,
+    until_asked,
+    waiting,
+)
 from tests.rig import until
 from tests.stores import StoreServer
 
@@ -220,6 +231,17 @@ async def test_relays_share_the_buckets_evenly_and_one_that_leaves_gives_its_own
         await leases.look()
     assert one.readable() == []
     assert sorted([*two.readable(), *three.readable()]) == list(range(BUCKETS))
+
+
+async def test_a_first_look_that_is_not_committed_is_made_up_for_by_the_next(engine: AsyncEngine) -> None:
+    leases = Leases(engine, "one", lambda _: True)
+
+    with broken_commits(engine), pytest.raises(DBAPIError):
+        await leases.look()
+    assert leases.readable() == []
+    await leases.look()
+
+    assert len(leases.readable()) == BUCKETS
 
 
 async def test_a_bucket_is_not_given_up_while_rows_of_it_are_on_their_way(engine: AsyncEngine) -> None:

@@ -1,7 +1,8 @@
-"""What the shop's tests share: settings in a folder of their own, and orders of every kind."""
+"""What the shop's tests share: settings, with databases that are theirs, and a mailbox."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,12 +12,37 @@ import pytest
 
 from services.mailbox.server import Mailbox, serving_smtp
 from services.settings import Settings
+from services.tables import TABLES, make_tables
+from tests.stores import apart
+
+
+async def make_all_tables(settings: Settings) -> None:
+    for service in TABLES:
+        await make_tables(settings, service)
+
+
+@pytest.fixture(scope="session")
+def empty_shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of SQLite files with their tables, made once: a copy costs nothing."""
+    folder = tmp_path_factory.mktemp("shop") / "empty"
+    apart(make_all_tables(Settings(data=folder)))
+    return folder
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Of a shop whose files are this test's own; its SMTP port is one where nobody listens."""
-    return Settings(data=tmp_path / "shop", http_port=0, smtp_port=1)
+def settings(request: pytest.FixtureRequest, tmp_path: Path, empty_shop: Path) -> Settings:
+    """Of a shop whose files and databases are this test's own; its SMTP port is one where nobody listens.
+
+    On SQLite, or as `on_each_database` says. No relay: most tests have no broker.
+    """
+    folder = Path(shutil.copytree(empty_shop, tmp_path / "shop"))
+    settings = Settings(data=folder, relay=False, http_port=0, smtp_port=1)
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return settings
+    # One for all services: their tables' names differ.
+    settings = settings.model_copy(update={"database": request.getfixturevalue("postgresql_url")})
+    apart(make_all_tables(settings))
+    return settings
 
 
 @dataclass(frozen=True)

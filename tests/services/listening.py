@@ -1,14 +1,13 @@
-"""A bus of a test's own, somebody who listens to all of it, and one whose confirms get lost."""
+"""A bus of a test's own, and somebody who listens to all of it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from uuid import uuid4
 
-from eventbus import Bus, Envelope, Event, PublishTimeout, Service, Worker
+from eventbus import Envelope, Service, Worker
 from tests.services.waiting import eventually
 
 
@@ -40,32 +39,3 @@ async def listening() -> AsyncIterator[Listener]:
 
     async with Worker(service, url=listener.url):
         yield listener
-
-
-class ForgetfulBus(Bus):
-    """Publishes, but the first confirms never arrive: the broker has the event, and the caller cannot know."""
-
-    lost_confirms = 0
-
-    async def publish(
-        self,
-        event: Event | Envelope,
-        *,
-        id: str | None = None,
-        subject: str | None = None,
-        delay: timedelta | None = None,
-        extensions: Mapping[str, str | int | bool] | None = None,
-        require_subscriber: bool = False,
-    ) -> Envelope:
-        sent = await super().publish(
-            event,
-            id=id,
-            subject=subject,
-            delay=delay,
-            extensions=extensions,
-            require_subscriber=require_subscriber,
-        )
-        if self.lost_confirms:
-            self.lost_confirms -= 1
-            raise PublishTimeout("the confirm was lost", envelope=sent, maybe_stored=True)
-        return sent

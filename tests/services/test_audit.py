@@ -72,7 +72,6 @@ async def test_lines_of_many_writers_never_mix(settings: Settings) -> None:
 
 
 async def test_a_line_that_a_crash_cut_short_spoils_no_other(settings: Settings) -> None:
-    settings.data.mkdir(parents=True)
     (settings.data / "audit.jsonl").write_text('{"id": "cut sho')
 
     async with resources(settings) as log:

@@ -1,44 +1,30 @@
-"""The way every service opens its database."""
+"""The way every service opens its database, on both that it may be."""
 
 from __future__ import annotations
 
 import asyncio
-import random
+import sys
 from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import select
 
-from services.database import open_database
-from services.payments.store import Base, Payment
-
-
-async def test_sessions_are_given_in_the_order_in_which_they_were_asked_for(tmp_path: Path) -> None:
-    served: list[int] = []
-    async with open_database(tmp_path / "a.db", Base) as sessions:
-
-        async def work(number: int) -> None:
-            async with sessions.begin() as session:
-                await session.execute(text("SELECT 1"))
-                served.append(number)
-
-        tasks = []
-        for number in range(300):
-            tasks.append(asyncio.create_task(work(number)))
-            for _ in range(random.randrange(4)):  # they come at any moment of the loop
-                await asyncio.sleep(0)
-        await asyncio.gather(*tasks)
-
-    assert served == list(range(300))
+from eventbus import SetupError
+from services.database import alone, open_database
+from services.payments.store import Payment
+from services.settings import Settings
+from services.tables import TABLES, make_tables
+from tests.services.databases import on_each_database
 
 
-async def test_a_block_that_fails_keeps_nothing(tmp_path: Path) -> None:
-    async with open_database(tmp_path / "a.db", Base) as sessions:
+@on_each_database
+async def test_a_block_that_fails_keeps_nothing(settings: Settings) -> None:
+    async with open_database(settings, "payments") as database:
 
         async def fail() -> None:
-            async with sessions.begin() as session:
+            async with database.begin() as session:
                 session.add(Payment(uuid4(), "captured", amount=Decimal("0.10"), currency="EUR"))
                 await session.flush()
                 raise ZeroDivisionError
@@ -46,34 +32,91 @@ async def test_a_block_that_fails_keeps_nothing(tmp_path: Path) -> None:
         with pytest.raises(ZeroDivisionError):
             await fail()
 
-        async with sessions() as session:
+        async with database.session() as session:
             assert list(await session.scalars(select(Payment))) == []
 
 
-async def test_amounts_are_exact(tmp_path: Path) -> None:
+@on_each_database
+async def test_amounts_are_exact(settings: Settings) -> None:
     amount = Decimal("123456789012.10")
-    async with open_database(tmp_path / "a.db", Base) as sessions:
-        async with sessions.begin() as session:
+    async with open_database(settings, "payments") as database:
+        async with database.begin() as session:
             session.add(Payment(uuid4(), "captured", amount=amount, currency="EUR"))
-        async with sessions() as session:
+        async with database.session() as session:
             (payment,) = await session.scalars(select(Payment))
 
     assert str(payment.amount) == "123456789012.10"
 
 
-async def test_what_one_process_reads_before_it_writes_no_other_can_change(tmp_path: Path) -> None:
-    payment = Payment(uuid4(), "captured", amount=Decimal(0), currency="EUR")
-    order_id = payment.order_id
-    async with open_database(tmp_path / "a.db", Base) as one, open_database(tmp_path / "a.db", Base) as other:
-        async with one.begin() as session:
-            session.add(payment)
+@on_each_database
+async def test_what_one_process_reads_alone_no_other_can_change(settings: Settings) -> None:
+    order_id = uuid4()
+    async with open_database(settings, "payments") as one, open_database(settings, "payments") as other:
 
         async def add_one(number: int) -> None:
             async with (one, other)[number % 2].begin() as session:
-                row = await session.get_one(Payment, order_id)
+                await alone(session, order_id)
+                row = await session.get(Payment, order_id)
+                if row is None:
+                    row = Payment(order_id, "captured", amount=Decimal(0), currency="EUR")
+                    session.add(row)
                 row.amount += 1
 
         await asyncio.gather(*(add_one(number) for number in range(40)))
 
-        async with one() as session:
+        async with one.session() as session:
             assert (await session.get_one(Payment, order_id)).amount == 40
+
+
+async def test_each_service_has_a_database_of_its_own(tmp_path: Path) -> None:
+    in_files = Settings(data=tmp_path)
+    on_a_server = Settings(database="postgresql://shop@db/{service}")
+
+    assert in_files.database_of("users") == f"sqlite:///{tmp_path}/users.db"
+    assert on_a_server.database_of("users") == "postgresql://shop@db/users"
+
+
+async def test_a_database_without_tables_says_how_to_make_them_and_stays_as_it_is(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path)
+
+    with pytest.raises(SetupError, match=r"`python -m services\.tables users`"):
+        async with open_database(settings, "users"):
+            pass
+
+    assert not await asyncio.to_thread(lambda: list(tmp_path.iterdir()))
+
+
+@on_each_database
+async def test_tables_that_are_there_stay_as_they_are(settings: Settings) -> None:
+    async with open_database(settings, "payments") as database:
+        async with database.begin() as session:
+            session.add(Payment(uuid4(), "captured", amount=Decimal(1), currency="EUR"))
+
+        await make_tables(settings, "payments")
+
+        async with database.session() as session:
+            assert len(list(await session.scalars(select(Payment)))) == 1
+
+
+async def test_the_command_makes_the_tables_of_all_or_of_some(tmp_path: Path) -> None:
+    async def command(*services: str) -> tuple[int | None, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.tables", *services),
+            env={"SHOP_DATA": str(tmp_path)},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        said, _ = await process.communicate()
+        return process.returncode, said.decode()
+
+    code, said = await command("users")
+    assert (code, said) == (0, f"sqlite:///{tmp_path}/users.db has the tables of users\n")
+
+    code, said = await command()
+    assert (code, len(said.splitlines())) == (0, len(TABLES))
+    for service in TABLES:
+        async with open_database(Settings(data=tmp_path), service):
+            pass
+
+    code, said = await command("user")
+    assert (code, said) == (1, f"error: no tables of user: there are those of {', '.join(TABLES)}\n")

@@ -11,11 +11,14 @@ from sqlalchemy import select
 
 from eventbus.testing import context
 from schemas import Money, OrderLine, OrderPlaced, StockRejected, StockReserved
-from services.database import Sessions
+from services.database import Database
 from services.inventory.handlers import reserve
 from services.inventory.store import Article, resources
 from services.settings import Settings
+from tests.services.databases import on_each_database
 from tests.services.orders_of_every_kind import order
+
+pytestmark = on_each_database
 
 
 def order_of(**quantities: int) -> OrderPlaced:
@@ -23,20 +26,20 @@ def order_of(**quantities: int) -> OrderPlaced:
     return order().model_copy(update={"lines": lines})
 
 
-async def on_shelves(sessions: Sessions) -> dict[str, int]:
-    async with sessions() as session:
+async def on_shelves(database: Database) -> dict[str, int]:
+    async with database.session() as session:
         return {article.sku: article.available for article in await session.scalars(select(Article))}
 
 
 async def test_what_is_there_is_set_aside(settings: Settings) -> None:
     placed = order_of(mug=2, shirt=1)
-    async with resources(settings, {"mug": 3, "shirt": 1}) as sessions:
-        about = context(placed, state=sessions)
+    async with resources(settings, {"mug": 3, "shirt": 1}) as database:
+        about = context(placed, state=database)
 
         await reserve(placed, about)
 
         assert about.published == [StockReserved(order_id=placed.order_id, quantities={"mug": 2, "shirt": 1})]
-        assert await on_shelves(sessions) == {"mug": 1, "shirt": 0}
+        assert await on_shelves(database) == {"mug": 1, "shirt": 0}
 
 
 @pytest.mark.parametrize(
@@ -47,20 +50,20 @@ async def test_one_article_that_is_short_or_unknown_rejects_the_whole_order(
     settings: Settings, wanted: dict[str, int], short: str
 ) -> None:
     placed = order_of(**wanted)
-    async with resources(settings, {"mug": 3, "shirt": 1}) as sessions:
-        about = context(placed, state=sessions)
+    async with resources(settings, {"mug": 3, "shirt": 1}) as database:
+        about = context(placed, state=database)
 
         await reserve(placed, about)
 
         assert about.published == [StockRejected(order_id=placed.order_id, reason=f"out of stock: {short}")]
-        assert await on_shelves(sessions) == {"mug": 3, "shirt": 1}
+        assert await on_shelves(database) == {"mug": 3, "shirt": 1}
 
 
 async def test_lines_of_the_same_article_are_counted_together(settings: Settings) -> None:
     line = OrderLine(sku="mug", quantity=2, unit_price=Decimal(1))
     placed = order().model_copy(update={"lines": (line, line)})
-    async with resources(settings, {"mug": 3}) as sessions:
-        about = context(placed, state=sessions)
+    async with resources(settings, {"mug": 3}) as database:
+        about = context(placed, state=database)
 
         await reserve(placed, about)
 
@@ -87,8 +90,8 @@ async def test_a_restart_does_not_fill_the_shelves_again(settings: Settings) -> 
         lines=(OrderLine(sku="mug", quantity=2, unit_price=Decimal(1)),),
         total=Money(amount=Decimal(2), currency="EUR"),
     )
-    async with resources(settings, {"mug": 3}) as sessions:
-        await reserve(placed, context(placed, state=sessions))
+    async with resources(settings, {"mug": 3}) as database:
+        await reserve(placed, context(placed, state=database))
 
-    async with resources(settings, {"mug": 3, "hat": 1}) as sessions:
-        assert await on_shelves(sessions) == {"mug": 1, "hat": 1}
+    async with resources(settings, {"mug": 3, "hat": 1}) as database:
+        assert await on_shelves(database) == {"mug": 1, "hat": 1}

@@ -1,9 +1,10 @@
-"""POST /orders and GET /orders/{id}, over the app itself, a real database and the embedded broker."""
+"""POST /orders and GET /orders/{id}, over the app itself, real databases, the relay and the embedded broker."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from decimal import Decimal
 from typing import Any
 from uuid import uuid4
@@ -11,15 +12,19 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from eventbus import Service, Worker
+from eventbus import Bus, Service, Worker
 from schemas import Money, OrderPlaced, PaymentDeclined
-from services.database import Sessions
+from services.database import Database
 from services.orders.api import create_app
 from services.orders.handlers import service
 from services.orders.store import resources
 from services.settings import Settings
-from tests.services.listening import ForgetfulBus, Listener, listening
+from tests.outboxes import broken_commits
+from tests.services.databases import on_each_database
+from tests.services.listening import Listener, listening
 from tests.services.waiting import eventually
+
+pytestmark = on_each_database
 
 
 @pytest.fixture
@@ -29,20 +34,15 @@ async def listener() -> AsyncIterator[Listener]:
 
 
 @pytest.fixture
-async def bus(listener: Listener) -> AsyncIterator[ForgetfulBus]:
-    async with ForgetfulBus(listener.url, source="/services/orders") as opened:
+async def database(settings: Settings, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Database]:
+    monkeypatch.setenv("EVENTBUS_URL", listener.url)
+    async with resources(settings.model_copy(update={"relay": True})) as opened:
         yield opened
 
 
 @pytest.fixture
-async def sessions(settings: Settings) -> AsyncIterator[Sessions]:
-    async with resources(settings) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def http(sessions: Sessions, bus: ForgetfulBus) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_app(sessions, bus))
+async def http(database: Database) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(database))
     async with httpx.AsyncClient(transport=transport, base_url="http://orders") as client:
         yield client
 
@@ -102,18 +102,19 @@ async def test_the_clients_retry_is_the_same_order(http: httpx.AsyncClient, list
     await listener.has_heard(1)
 
 
-async def test_without_a_confirm_the_client_is_asked_to_try_again_and_may(
-    http: httpx.AsyncClient, listener: Listener, bus: ForgetfulBus
+async def test_what_is_not_committed_was_not_promised_and_the_client_may_try_again(
+    http: httpx.AsyncClient, listener: Listener, database: Database
 ) -> None:
     body = wanted()
-    bus.lost_confirms = 1
 
-    first = await http.post("/orders", json=body)
+    with broken_commits(database.engine):
+        first = await http.post("/orders", json=body)
     shown = await http.get(f"/orders/{body['order_id']}")
     second = await http.post("/orders", json=body)
 
-    assert (first.status_code, first.headers["Retry-After"]) == (503, "5")
-    assert shown.json()["status"] == "received"
+    assert first.status_code == 503, first.text
+    assert first.headers["Retry-After"] == "5"
+    assert shown.status_code == 404
     assert second.status_code == 202
     await listener.has_heard(1)
 
@@ -165,12 +166,15 @@ async def test_an_unknown_order_is_not_found(http: httpx.AsyncClient) -> None:
 
 
 async def test_an_order_shows_what_became_of_it(
-    http: httpx.AsyncClient, listener: Listener, bus: ForgetfulBus, settings: Settings
+    http: httpx.AsyncClient, listener: Listener, database: Database
 ) -> None:
     body = wanted()
     path = f"/orders/{body['order_id']}"
     amount = Money(amount=Decimal("20.20"), currency="EUR")
-    async with Worker(service.replace(lifespan=lambda _: resources(settings)), url=listener.url):
+    async with (
+        Worker(service.replace(lifespan=lambda _: nullcontext(database)), url=listener.url),
+        Bus(listener.url, source="/services/payments") as bus,
+    ):
 
         async def is_cancelled() -> bool:
             return bool((await http.get(path)).json()["status"] == "cancelled")
@@ -182,8 +186,13 @@ async def test_an_order_shows_what_became_of_it(
     shown = (await http.get(path)).json()
     assert (shown["payment"], shown["stock"], shown["reason"]) == ("declined", "pending", "payment declined: no")
     assert shown["total"] == {"amount": "20.20", "currency": "EUR"}
-    assert [envelope.type for envelope in listener.heard].count("order_cancelled.v1") == 1
+    heard = await listener.has_heard(3)
+    assert [envelope.type for envelope in heard].count("order_cancelled.v1") == 1
 
 
 async def test_it_says_that_it_is_well(http: httpx.AsyncClient) -> None:
+    async def is_ready() -> bool:
+        return bool((await http.get("/ready")).json() == {"status": "ready", "problems": []})
+
     assert (await http.get("/health")).json() == {"status": "ok"}
+    await eventually(is_ready, "the relay has looked at the outbox")

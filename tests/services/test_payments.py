@@ -15,7 +15,10 @@ from schemas import OrderPlaced, PaymentCaptured, PaymentDeclined, StockRejected
 from services.payments.handlers import capture, give_back
 from services.payments.store import Payment, Till, resources
 from services.settings import Settings
+from tests.services.databases import on_each_database
 from tests.services.orders_of_every_kind import in_an_unknown_currency, order, too_expensive
+
+pytestmark = on_each_database
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ async def till(settings: Settings) -> AsyncIterator[Till]:
 
 
 async def payments(till: Till) -> list[Payment]:
-    async with till.sessions() as session:
+    async with till.session() as session:
         return list(await session.scalars(select(Payment)))
 
 

@@ -65,7 +65,7 @@ def figures(harness: Harness) -> dict[str, int]:
 
 
 async def order_row(settings: Settings, order_id: UUID) -> Order | None:
-    async with orders_store.resources(settings) as sessions, sessions() as session:
+    async with orders_store.resources(settings) as database, database.session() as session:
         return await session.get(Order, order_id)
 
 
@@ -165,9 +165,13 @@ async def test_the_poison_is_given_up_by_payments_alone(harness: Harness, post: 
     assert shipped.status == "shipped"
 
 
-async def test_the_poison_is_shipped_once_its_account_is_open_and_it_is_replayed(post: RunningMailbox) -> None:
+async def test_the_poison_is_shipped_once_its_account_is_open_and_it_is_replayed(
+    post: RunningMailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, poison = "memory://the-poison-is-replayed", in_an_unknown_currency()
-    wiser = post.settings.model_copy(update={"accounts": post.settings.accounts | {"XTS"}})
+    monkeypatch.setenv("EVENTBUS_URL", url)
+    relayed = post.settings.model_copy(update={"relay": True})
+    wiser = relayed.model_copy(update={"accounts": relayed.accounts | {"XTS"}})
 
     async def given_up() -> bool:
         return len([letter async for letter in dead]) == 1
@@ -177,7 +181,7 @@ async def test_the_poison_is_shipped_once_its_account_is_open_and_it_is_replayed
         return row is not None and row.status == "shipped"
 
     async with Bus(url, source="/services/orders") as bus, DeadLetters("payments", url=url) as dead:
-        async with Worker(*whole_shop(post.settings), url=url):
+        async with Worker(*whole_shop(relayed), url=url):
             await bus.publish(poison)
             await eventually(given_up, "payments gives up the poison")
 

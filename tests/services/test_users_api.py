@@ -1,4 +1,4 @@
-"""POST /users, over the app itself, a real database and the embedded broker."""
+"""POST /users, over the app itself, real databases, the relay and the embedded broker."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import pytest
 from sqlalchemy import func, select
 
 from schemas import UserRegistered
-from services.database import Sessions
+from services.database import Database
 from services.settings import Settings
 from services.users.api import create_app
 from services.users.store import User, resources
-from tests.services.listening import ForgetfulBus, Listener, listening
+from tests.outboxes import broken_commits
+from tests.services.databases import on_each_database
+from tests.services.listening import Listener, listening
 
 ADA = {"name": "Ada", "email": "ada@example.com"}
+
+pytestmark = on_each_database
 
 
 @pytest.fixture
@@ -26,20 +30,15 @@ async def listener() -> AsyncIterator[Listener]:
 
 
 @pytest.fixture
-async def bus(listener: Listener) -> AsyncIterator[ForgetfulBus]:
-    async with ForgetfulBus(listener.url, source="/services/users") as opened:
+async def database(settings: Settings, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Database]:
+    monkeypatch.setenv("EVENTBUS_URL", listener.url)
+    async with resources(settings.model_copy(update={"relay": True})) as opened:
         yield opened
 
 
 @pytest.fixture
-async def sessions(settings: Settings) -> AsyncIterator[Sessions]:
-    async with resources(settings) as opened:
-        yield opened
-
-
-@pytest.fixture
-async def http(sessions: Sessions, bus: ForgetfulBus) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_app(sessions, bus))
+async def http(database: Database) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_app(database))
     async with httpx.AsyncClient(transport=transport, base_url="http://users") as client:
         yield client
 
@@ -60,25 +59,26 @@ async def test_a_registration_is_an_event(http: httpx.AsyncClient, listener: Lis
 
 
 async def test_the_clients_retry_is_the_same_registration(
-    http: httpx.AsyncClient, listener: Listener, sessions: Sessions
+    http: httpx.AsyncClient, listener: Listener, database: Database
 ) -> None:
     answers = await asyncio.gather(*(register(http, "key") for _ in range(5)))
 
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.text for answer in answers}) == 1
     await listener.has_heard(1)
-    async with sessions() as session:
+    async with database.session() as session:
         assert await session.scalar(select(func.count()).select_from(User)) == 1
 
 
-async def test_without_a_confirm_the_client_is_asked_to_try_again_and_may(
-    http: httpx.AsyncClient, listener: Listener, bus: ForgetfulBus
+async def test_what_is_not_committed_was_not_promised_and_the_client_may_try_again(
+    http: httpx.AsyncClient, listener: Listener, database: Database
 ) -> None:
-    bus.lost_confirms = 1
+    with broken_commits(database.engine):
+        first = await register(http, "key")
+    second = await register(http, "key")
 
-    first, second = await register(http, "key"), await register(http, "key")
-
-    assert (first.status_code, first.headers["Retry-After"]) == (503, "5")
+    assert first.status_code == 503, first.text
+    assert first.headers["Retry-After"] == "5"
     assert second.status_code == 201
     await listener.has_heard(1)
 
