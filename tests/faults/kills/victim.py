@@ -28,6 +28,7 @@ def main(options: argparse.Namespace) -> None:
     for setting in options.set:
         name, _, value = setting.partition("=")
         os.environ[name] = value
+    os.environ["EVENTBUS_LANE"] = "on"  # some of the steps are the lane's
     if options.lease_s:
         shorten_leases(timedelta(seconds=options.lease_s))
     if options.saboteur:
