@@ -41,10 +41,11 @@ SERVICES = {"users": BY_OUTBOX, "orders": BY_INBOX, "payments": BY_INBOX, "inven
 def outage_aims(before: int, away: int) -> dict[str, list[Aim]]:
     """Where the doors die right after a commit, with *before* orders that ended and *away* while the broker is away.
 
-    Nothing is delivered then, so the doors alone commit: users once for each order, as for those before; orders once,
-    after five times for each of those before. Each dies at its last one.
+    Nothing is delivered then, so the doors alone commit: users once for each order, as for those before, and dies at
+    its last one; orders once, after five times for each of those before, and dies when two thirds are there.
     """
-    return {"users": [Aim("after-commit", before + away)], "orders": [Aim("after-commit", 5 * before + away)]}
+    orders = 5 * before + away - away // 3
+    return {"users": [Aim("after-commit", before + away)], "orders": [Aim("after-commit", orders)]}
 
 
 class ShopPlay:
