@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from tests.faults.kills.__main__ import main
+from tests.faults.kills.__main__ import main, show
 from tests.faults.kills.count import Found, count
 from tests.faults.kills.play import SmallPlay
 from tests.faults.kills.points import BY_INBOX, BY_KEY, BY_OUTBOX, POINTS, Aim
@@ -201,6 +203,20 @@ def test_a_step_that_is_not_reached_is_a_failure() -> None:
     result = Result(count(found()), Counter(), ("payments after-commit",), 1.0)
 
     assert result.failings == ("steps that were not reached: payments after-commit",)
+
+
+def test_a_run_is_shown_with_its_kills_and_what_was_bad() -> None:
+    console, killed = Console(record=True, width=200, file=io.StringIO()), Counter({("payments", "after-commit"): 3})
+
+    show(Result(count(found()), killed, (), 1.0), "sqlite", console)
+    fine = console.export_text()
+    show(Result(count(found(arrived={"a"})), killed, (), 1.0), "sqlite", console)
+    bad = console.export_text()
+
+    assert "3 kills, 2 orders, 2 committed rows, 2 events at their queues" in fine
+    assert "every order has one payment and one reservation" in fine
+    assert "BAD 1 committed rows unpublished (b)" in bad
+    assert "every order" not in bad
 
 
 @pytest.mark.parametrize("arguments", [["--orders", "0"], ["--kills", "-1"], ["--store", "mysql"]])
