@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +93,36 @@ def test_each_how_to_runs_and_all_are_well_typed(tmp_path: Path) -> None:
     sh(f"mypy --strict --python-executable {sys.executable} {' '.join(files)}", tmp_path)
 
 
+# Two requests for one order, then the events that have left the outbox.
+ASK = """
+import sqlite3, time
+from fastapi.testclient import TestClient
+from api import app
+
+left = "SELECT type FROM eventbus_outbox WHERE published_ms IS NOT NULL"
+path = "/orders/11111111-1111-4111-8111-111111111111"
+with TestClient(app) as client:
+    print([client.put(path).status_code for _ in range(2)])
+    with sqlite3.connect("orders.db") as database:
+        while not (events := database.execute(left).fetchall()):
+            time.sleep(0.02)
+    print([event for (event,) in events])
+    while client.get("/ready").json():
+        time.sleep(0.02)
+"""
+
+
+def test_the_api_commits_an_order_with_its_event_which_leaves(folder: Path) -> None:
+    sh("eventbus store create --url sqlite:///orders.db", folder)
+    with closing(sqlite3.connect(folder / "orders.db")) as database:
+        database.execute("CREATE TABLE orders (id PRIMARY KEY)")
+
+    said = sh(f"python -c '{ASK}'", folder, EVENTBUS_URL="memory://")
+
+    assert said.splitlines() == ["[202, 202]", "['order_placed.v1']"]
+    sh(f"mypy --strict --python-executable {sys.executable} api.py", folder)
+
+
 def test_what_one_terminal_publishes_the_other_one_handles(folder: Path, rabbitmq_url: str) -> None:
     with subprocess.Popen(
         ["bash", "-euc", f"exec {named('worker')}"],
@@ -129,7 +161,7 @@ def test_the_first_commands_run_the_demo() -> None:
 
 def test_every_snippet_is_run_by_one_of_these_tests() -> None:
     known = {("sh", ""), ("sh", "worker"), ("sh", "publisher"), ("sh", "test"), ("text", "")}
-    known |= {("python", ""), ("python", "hello.py"), ("python", "test_hello.py")}
+    known |= {("python", ""), ("python", "hello.py"), ("python", "test_hello.py"), ("python", "api.py")}
 
     in_the_map = {("", "")}
 

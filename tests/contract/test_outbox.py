@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from eventbus import Envelope, EnvelopeError, Service, SetupError, Worker
+from eventbus import Context, Envelope, EnvelopeError, Service, SetupError, Worker
 from eventbus.database import INBOX, LEASES, OUTBOX, create, open_engine
 from eventbus.delay import LONGEST
 from eventbus.outbox import Outbox, Relay
@@ -23,6 +25,7 @@ from eventbus.outbox import relay as relay_module
 from eventbus.outbox.base import BUCKETS
 from eventbus.outbox.leases import Leases
 from eventbus.outbox.sql import MOST_DELETED, Rows, set_aside, try_again
+from eventbus.worker import probes_of, problems_of
 from tests.outboxes import (
     Placed,
     arriving,
@@ -500,6 +503,33 @@ async def test_the_lag_is_told_and_makes_the_relay_unready(engine: AsyncEngine) 
         await until(lambda: relay.lag is not None)
         (problem,) = relay.problems()
     assert problem.startswith("outbox: 2 rows wait, the oldest for 6")
+
+
+@dataclass(frozen=True)
+class Deps:
+    engine: AsyncEngine
+    relay: Relay
+
+
+async def test_a_worker_tells_the_problems_of_the_relay_that_its_lifespan_yields(engine: AsyncEngine) -> None:
+    url = new_broker()
+
+    @asynccontextmanager
+    async def lifespan(_: Service[Deps]) -> AsyncIterator[Deps]:
+        async with Relay(engine, url=url) as relay:
+            yield Deps(engine, relay)
+
+    service = Service("shop", lifespan=lifespan)
+
+    @service.on("placed")
+    async def handle(event: Placed, context: Context[Deps]) -> None:
+        context.state.relay.stop()
+
+    async with Worker(service, url=url) as worker:
+        await until(lambda: problems_of(worker) == [])
+        assert "shop: relay: publishing" in probes_of(worker)
+        await place(engine, 1)
+        await until(lambda: any(problem.startswith("shop: relay: ") for problem in problems_of(worker)))
 
 
 async def test_an_empty_outbox_has_no_lag(engine: AsyncEngine) -> None:

@@ -24,7 +24,7 @@ from tests.servers import BrokerServer
 from tests.stores import Stores
 
 ORDERS = 60
-SHOP_KILLS = 10
+SHOP_KILLS = 5  # one for each program: what is dear is to start them anew
 LEASE_S = 3.0
 QUIET_S = 40.0  # longer than whatever is waited for here, on a busy computer
 WRONG_QUIET_S = 10.0  # several leases: what a wrong build has lost does not come back

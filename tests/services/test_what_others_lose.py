@@ -1,8 +1,8 @@
 """Where a well-known sample shop loses events or acts on them twice, ours does not: one test for each of its holes.
 
-dotnet/eShop, as it was in 2026, acknowledges what a handler failed at, recognises no duplicate of an event, has a poller
-that says the same again and again, neither confirms nor returns nor dead-letters, and copies each event's class into
-every service. Here it is the shop's own handlers, on a real RabbitMQ and a real PostgreSQL.
+dotnet/eShop, as it was in 2026, acknowledges what a handler failed at, recognises no duplicate of an event, has a
+poller that says the same again and again, neither confirms nor returns nor dead-letters, and copies each event's class
+into every service. Here it is the shop's own handlers, on a real RabbitMQ and a real PostgreSQL.
 """
 
 from __future__ import annotations

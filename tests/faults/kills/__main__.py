@@ -121,7 +121,9 @@ def show(result: Result, title: str, console: Console) -> None:
     for failing in result.failings:
         console.print(f"[red]BAD[/red] {failing}", highlight=False, soft_wrap=True)
     if not result.failings:
-        console.print("every order has one payment and one reservation, and every committed row's event was published")
+        console.print(
+            "every order has one payment and one reservation, and every committed row was published", soft_wrap=True
+        )
 
 
 if __name__ == "__main__":
