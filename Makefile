@@ -1,7 +1,7 @@
 # `make` alone says what there is. Every target sets up what it needs, in .venv.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all hostile ledger lateness bench fuzz check broker shop clean
+.PHONY: help setup demo test test-all hostile ledger kills lateness bench fuzz check broker shop clean
 
 VENV := .venv
 BENCH := .venv-bench
@@ -32,6 +32,10 @@ test-all: $(VENV)/.dev  ## the same on every broker line that this machine has: 
 ledger: $(VENV)/.dev  ## break everything and count every event: LEDGER.md; CELL=... BROKER=3.10|4.0|4.3|4.3-cluster EVENTS=...; MISSING=1 goes on
 	@$(BIN)/python -m tests.faults.ledger $(if $(CELL),--cell $(CELL)) $(if $(BROKER),--broker $(BROKER)) \
 		$(if $(EVENTS),--events $(EVENTS)) $(if $(MISSING),--missing)
+
+kills: $(VENV)/.dev  ## the shop's services killed at every step, and every order counted; ORDERS=1000 KILLS=50 STORE=sqlite|postgresql OUTAGE=60
+	@$(BIN)/python -m tests.faults.kills $(if $(ORDERS),--orders $(ORDERS)) $(if $(KILLS),--kills $(KILLS)) \
+		$(if $(STORE),--store $(STORE)) $(if $(BROKER),--broker $(BROKER)) $(if $(OUTAGE),--outage $(OUTAGE)) $(if $(SEED),--seed $(SEED))
 
 lateness: $(VENV)/.dev  ## is anything early that the delay tree brings, and how late: LEDGER.md; BROKER=... COUNTS=100,1000
 	@$(BIN)/python -m tests.faults.lateness $(if $(BROKER),--broker $(BROKER)) $(if $(COUNTS),--counts $(COUNTS))

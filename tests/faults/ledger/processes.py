@@ -86,12 +86,16 @@ class Program:
         """How many lines of its log hold *words*."""
         return sum(words in line for line in self.log.read_text(errors="replace").splitlines())
 
+    def log_tail(self) -> str:
+        """The end of what it wrote to its standard error, for people."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-20:])
+
     async def stop(self) -> None:
         """SIGTERM, and wait until it has ended; it is not started anew."""
         self.is_wanted = False
         self.process.terminate()
         await asyncio.to_thread(self.process.wait, ANSWER_S)
-        self._close()
+        self.close()
 
     async def ask(self, line: str, answer: str | None = None) -> None:
         """Write *line* to its standard input, and wait for *answer*."""
@@ -108,9 +112,10 @@ class Program:
         self.is_wanted = False
         self.process.kill()
         self.process.wait(ANSWER_S)
-        self._close()
+        self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Let go of the pipes of a process that has ended."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
@@ -121,6 +126,6 @@ async def look_after(programs: Sequence[Program]) -> None:
     while True:
         for program in programs:
             if program.is_wanted and not program.is_running and not program.has_ended:
-                program._close()
+                program.close()
                 program.start()
         await asyncio.sleep(LOOK_AGAIN_S)
