@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks import report
+from benchmarks.databases import Databases
 from benchmarks.figures import HANDLE, PUBLISH_ONE, PUBLISH_WINDOW, Figure, Figures, latencies_of, rate_of, ratios_of
 from benchmarks.order import Order, lines_of, note_of
 from benchmarks.plan import FASTSTREAM, GROUPS, NOTES, OURS, PIKA, SHARES, C, Cell, cells
@@ -23,6 +25,13 @@ def track(*marks: tuple[int, float]) -> dict[str, object]:
 
 def cell(program: str, **options: object) -> Cell:
     return Cell(kind="flow", program=program, events=EVENTS, groups=frozenset(), options=options)
+
+
+@pytest.fixture(scope="module")
+def databases() -> Iterator[Databases]:
+    databases = Databases()
+    yield databases
+    databases.close()
 
 
 # ── figures ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -100,15 +109,15 @@ def test_what_is_written_has_every_figure_and_leaves_the_pages_prose_alone(tmp_p
 
 
 @pytest.mark.parametrize("program", [OURS, PIKA])
-def test_a_program_publishes_and_handles_all(program: str, broker: BrokerServer) -> None:
-    figures, _ = Stage(broker, None).run(cell(program))
+def test_a_program_publishes_and_handles_all(program: str, broker: BrokerServer, databases: Databases) -> None:
+    figures, _ = Stage(broker, None, databases).run(cell(program))
 
     assert {figure.what for figure in figures} >= {PUBLISH_WINDOW, HANDLE}
     assert all(figure.value > 0 for figure in figures)
 
 
-def test_latency_tracing_and_many_subscriptions_are_measured(broker: BrokerServer) -> None:
-    stage = Stage(broker, None)
+def test_latency_tracing_and_many_subscriptions_are_measured(broker: BrokerServer, databases: Databases) -> None:
+    stage = Stage(broker, None, databases)
     latency = Cell(kind="latency", program=OURS, events=EVENTS, groups=frozenset())
 
     figures, _ = stage.run(latency)
@@ -118,6 +127,6 @@ def test_latency_tracing_and_many_subscriptions_are_measured(broker: BrokerServe
     assert HANDLE in {figure.what for figure in situations}
 
 
-def test_a_program_that_fails_is_told_with_its_last_words(broker: BrokerServer) -> None:
+def test_a_program_that_fails_is_told_with_its_last_words(broker: BrokerServer, databases: Databases) -> None:
     with pytest.raises(ProgramError, match="TypeError"):
-        Stage(broker, None).run(cell(PIKA, payload="many"))
+        Stage(broker, None, databases).run(cell(PIKA, payload="many"))

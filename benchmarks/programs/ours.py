@@ -82,8 +82,7 @@ def service_of(job: Job, meter: Meter) -> Service[Any]:
 
 
 def worker_of(job: Job, meter: Meter) -> Worker:
-    idempotency = "memory://" if job.idempotency else NoIdempotency()
-    return Worker(service_of(job, meter), url=job.url, idempotency=idempotency)
+    return Worker(service_of(job, meter), url=job.url, idempotency=job.idempotency or NoIdempotency())
 
 
 def install_tracing() -> None:
