@@ -118,7 +118,7 @@ def sheets(run: Run) -> Iterator[Sheet]:
             "program", "situation", "publish", "handle", "memory", "after 10,000"
         ), [_variant(figures, program, variant) for program, variant in variants])  # fmt: skip
     if any(what == RELAYED for what, *_ in figures.rounds):
-        yield Sheet("The outbox: rows/s, ms from before the commit until inside the handler, ms of a transaction", (
+        yield Sheet("The outbox: rows/s, ms from commit to handler, ms of a transaction", (
             "database", "one relay", "two relays", "p50", "p99", "without an event", "with one"
         ), [_outbox(figures, database) for database in OUTBOXES])  # fmt: skip
     alone = [(what, figures.median(what, OURS, variant)) for what, variant in ALONE.items()]

@@ -33,7 +33,7 @@ from eventbus.service import Service, Subscription, check_all
 from eventbus.settings import Settings
 from eventbus.topology import Names, Topology, merge, of_service, shared
 from eventbus.transport import from_url
-from eventbus.transport.base import Consumer, Declare, Source
+from eventbus.transport.base import CONNECT_TIMEOUT_S, Consumer, Declare, Source
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -101,8 +101,8 @@ class Engine:
     def subscriptions(self) -> dict[str, tuple[Subscription, ...]]:
         return self._subscriptions
 
-    async def start(self) -> None:
-        """Enter the lifespans, then consume.
+    async def start(self, within_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Enter the lifespans, which take the time that they take; then consume, *within_s*.
 
         Raises:
             SetupError, TransportError, or whatever a lifespan raised; then nothing is left running.
@@ -113,11 +113,20 @@ class Engine:
                     consumer.state = await self._lifespans.enter_async_context(
                         consumer.service.lifespan(consumer.service)
                     )
-            self._consumer = self._sender.transport.consumer(list(self._sources()), self._topology, self._declare)
-            await self._consumer.start()
+            await self._consume(within_s)
         except BaseException:
             await self._end()
             raise
+
+    async def _consume(self, within_s: float) -> None:
+        self._consumer = self._sender.transport.consumer(list(self._sources()), self._topology, self._declare)
+        try:
+            async with asyncio.timeout(within_s):
+                await self._consumer.start()
+        except TimeoutError as error:
+            raise TransportError(
+                f"the broker answered, but nothing was consumed within {CONNECT_TIMEOUT_S:g} s of the start"
+            ) from error
 
     def _sources(self) -> Iterator[Source]:
         by_name = {consumer.service.name: consumer for consumer in self.consumers}
@@ -278,8 +287,8 @@ class Worker:
         self._running: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Check; connect to the idempotency store and to the broker and declare, each within 15 s; enter the lifespans,
-        and consume.
+        """Check, connect to the idempotency store and to the broker, enter the lifespans, declare, and consume: within
+        15 s, besides what the lifespans take.
 
         Raises:
             SetupError: mistakes of all services, one a line, or what the broker or the store will never allow.
@@ -294,14 +303,20 @@ class Worker:
         given = self._idempotency or settings.idempotency
         store = store_from_url(given) if isinstance(given, str) else given
         transport = from_url(url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane)
-        async with AsyncExitStack() as connected:
-            if isinstance(store, SharedStore):
-                await self._open(store, connected)
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + CONNECT_TIMEOUT_S
+
+        async def open_broker() -> None:
             await open_or_close(transport, names, settings)
             connected.push_async_callback(transport.close)
+
+        async with AsyncExitStack() as connected:
+            # Side by side: each may take most of the time there is.
+            await _all_or_none(self._open_store(store, connected), open_broker())
             self._sender = Sender(transport, names)
             self._engine = Engine(self._services, self._sender, store, declare=settings.declare)
-            self._running = asyncio.get_running_loop().create_task(self._run(self._engine, connected.pop_all()))
+            left_s = ends_s - loop.time()
+            self._running = loop.create_task(self._run(self._engine, left_s, connected.pop_all()))
         await self._started(self._running)
         if isinstance(store, MemoryStore) and url is not None and url.startswith("amqp"):
             log.warning("idempotency is memory://: duplicates are recognised within this process only")
@@ -352,10 +367,10 @@ class Worker:
         # Shielded: whoever waits may give up, the worker still drains.
         await asyncio.shield(self._running)
 
-    async def _run(self, engine: Engine, connected: AsyncExitStack) -> None:
+    async def _run(self, engine: Engine, within_s: float, connected: AsyncExitStack) -> None:
         """Start, go on until asked to stop, and stop: one task, as lifespans with task groups in them need it."""
         async with connected:
-            await engine.start()
+            await engine.start(within_s)
             self._has_started.set()
             try:
                 await self._until_told(engine)
@@ -377,8 +392,10 @@ class Worker:
             asked.cancel()
             await asyncio.gather(consuming, asked, return_exceptions=True)
 
-    async def _open(self, store: SharedStore, connected: AsyncExitStack) -> None:
+    async def _open_store(self, store: IdempotencyStore, connected: AsyncExitStack) -> None:
         """Open what was made from an URL. A store that was passed is opened, and closed, by whoever passed it."""
+        if not isinstance(store, SharedStore):
+            return
         if store is not self._idempotency:
             await store.open()
             connected.push_async_callback(store.close)
@@ -412,6 +429,18 @@ def spare_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+
+
+async def _all_or_none(*opening: Coroutine[Any, Any, None]) -> None:
+    """Return when all have ended; when one fails, raise why, with no other left at work."""
+    tasks = [asyncio.ensure_future(one) for one in opening]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def problems_of(worker: Worker) -> list[str]:

@@ -109,7 +109,6 @@ async def place(job: Job) -> None:
             await session.execute(insert(ORDERS).values(number=number, note="paid"))
             await outbox.publish(session, order_of(number, job, sent_ns), subject=subject_of(number, job))
 
-    await commit(0, 0)  # connected, and the statements are compiled
     jobs.wait_for_go()
     await paced(commit, job, meter)
     await engine.dispose()
