@@ -125,11 +125,11 @@ def chosen(options: argparse.Namespace, run: report.Run, client: Path | None, da
         how = "apt-get install gcc librabbitmq-dev"
         run.notes.append(f"{C}: the limit is missing, no compiler or no librabbitmq (Debian: {how}); pika is nearest")
     wanted = [cell for cell in cells(options.events, quick=options.quick) if cell.groups & options.groups]
-    without = set(_without(databases, {cell.database for cell in wanted}, run))
-    return [cell for cell in wanted if cell.program not in missing and cell.database not in without]
+    absent = set(without(databases, {cell.database for cell in wanted}, run))
+    return [cell for cell in wanted if cell.program not in missing and cell.database not in absent]
 
 
-def _without(databases: Databases, wanted: Container[str], run: report.Run) -> Iterator[str]:
+def without(databases: Databases, wanted: Container[str], run: report.Run) -> Iterator[str]:
     """The database servers that are *wanted* and cannot be had; *run* notes why, and which the others are."""
     for name in SERVERS:
         if name in wanted:
