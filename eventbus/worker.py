@@ -311,8 +311,15 @@ class Worker:
             connected.push_async_callback(transport.close)
 
         async with AsyncExitStack() as connected:
-            # Side by side: each may take most of the time there is.
-            await _all_or_none(self._open_store(store, connected), open_broker())
+            # Side by side: each may take most of the time there is. The store, which takes less, is opened to its end
+            # even where the broker refuses: SQLite's driver, cancelled half-way, leaves a thread behind.
+            broker = loop.create_task(open_broker())
+            try:
+                await self._open_store(store, connected)
+                await broker
+            finally:
+                broker.cancel()
+                await asyncio.gather(broker, return_exceptions=True)
             self._sender = Sender(transport, names)
             self._engine = Engine(self._services, self._sender, store, declare=settings.declare)
             left_s = ends_s - loop.time()
@@ -429,18 +436,6 @@ def spare_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
-
-
-async def _all_or_none(*opening: Coroutine[Any, Any, None]) -> None:
-    """Return when all have ended; when one fails, raise why, with no other left at work."""
-    tasks = [asyncio.ensure_future(one) for one in opening]
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def problems_of(worker: Worker) -> list[str]:
