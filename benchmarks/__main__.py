@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from benchmarks import plot, report
+from benchmarks.databases import SERVERS, Databases
 from benchmarks.machine import machine, versions
 from benchmarks.plan import GROUPS, MODULES, OURS, C, Cell, cells
 from benchmarks.stage import ProgramError, Stage, build_client
 from tests.servers import Brokers, NoBroker, ServerError, find_own_lines
+from tests.stores import NoStore
 
 PUBLISHED = Path(__file__).parent
 PAGE = PUBLISHED.parent / "PERFORMANCE.md"
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=PLAIN_WIDTH)  # else tables would be folded to 80
-    brokers = Brokers()
+    brokers, databases = Brokers(), Databases()
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="eventbus-bench-") as folder:
@@ -77,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             broker = brokers.own(options.broker or default_line())
             run = new_run(options, computer, versions(broker.version, has_client=client is not None))
             console.print(f"{broker.origin}; {told_versions(run)}", highlight=False, soft_wrap=True)
-            is_good = measure(chosen(options, run, client), Stage(broker, client), run, console)
+            wanted = chosen(options, run, client, databases)
+            is_good = measure(wanted, Stage(broker, client, databases), run, console)
     except NoBroker as error:
         print(error, file=sys.stderr)
         return 1
@@ -85,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     finally:
         brokers.close()
+        databases.close()
     run.took_s = time.monotonic() - began
     report.show(run, console)
     write(run, options.into, console)
@@ -112,7 +116,7 @@ def default_line() -> str:
     return [*native, *lines][0]
 
 
-def chosen(options: argparse.Namespace, run: report.Run, client: Path | None) -> list[Cell]:
+def chosen(options: argparse.Namespace, run: report.Run, client: Path | None, databases: Databases) -> list[Cell]:
     """The cells that were asked for and can be measured; *run* notes the others."""
     missing = {program for program, package in PACKAGES.items() if importlib.util.find_spec(package) is None}
     run.notes += [f"{program}: not measured, not installed" for program in MODULES if program in missing]
@@ -121,7 +125,19 @@ def chosen(options: argparse.Namespace, run: report.Run, client: Path | None) ->
         how = "apt-get install gcc librabbitmq-dev"
         run.notes.append(f"{C}: the limit is missing, no compiler or no librabbitmq (Debian: {how}); pika is nearest")
     wanted = [cell for cell in cells(options.events, quick=options.quick) if cell.groups & options.groups]
-    return [cell for cell in wanted if cell.program not in missing]
+    absent = set(without(databases, {cell.database for cell in wanted}, run))
+    return [cell for cell in wanted if cell.program not in missing and cell.database not in absent]
+
+
+def without(databases: Databases, wanted: Container[str], run: report.Run) -> Iterator[str]:
+    """The database servers that are *wanted* and cannot be had; *run* notes why, and which the others are."""
+    for name in SERVERS:
+        if name in wanted:
+            try:
+                run.notes.append(databases.start(name))
+            except (NoStore, ServerError) as error:
+                run.notes.append(f"{name}: not measured: {error}")
+                yield name
 
 
 def measure(wanted: Sequence[Cell], stage: Stage, run: report.Run, console: Console) -> bool:

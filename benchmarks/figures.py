@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.plan import FASTSTREAM, OURS, C
+from benchmarks.plan import FASTSTREAM, OURS, C, in_outbox, in_store, relayed
 
 # A program's line of JSON. Its `marks` are (events so far, seconds on the machine's clock, seconds of CPU).
 Answer = Mapping[str, Any]
@@ -18,11 +18,15 @@ PERCENTILES = {"p50": 0.5, "p99": 0.99, "p99.9": 0.999}
 
 PUBLISH_WINDOW, PUBLISH_ONE, PUBLISH_MANY, HANDLE = "publish, window", "publish, one by one", "publish_many", "handle"
 MEMORY, MEMORY_AT_10000, CPU_PUBLISH, CPU_HANDLE = "memory", "memory after 10,000", "CPU, publish", "CPU, handle"
+RELAYED, TRANSACTION, TRANSACTION_WITH_EVENT = "rows relayed", "transaction", "transaction with an event"
 UNITS = {
     PUBLISH_WINDOW: "1/s", PUBLISH_ONE: "1/s", PUBLISH_MANY: "1/s", HANDLE: "1/s", MEMORY: "MB", MEMORY_AT_10000: "MB",
     CPU_PUBLISH: "µs", CPU_HANDLE: "µs", "latency p50": "ms", "latency p99": "ms", "latency p99.9": "ms",
+    RELAYED: "1/s", TRANSACTION: "ms", TRANSACTION_WITH_EVENT: "ms",
     "embedded": "1/s", "import eventbus": "s", "from eventbus import *": "s", "eventbus --help": "s",
 }  # fmt: skip
+# Relays publish so many rows a second, or so much of what the bus itself does, whichever is less.
+ENOUGH_ROWS, ENOUGH_OF_PUBLISHING = 5000.0, 0.6
 # At least (+) or at most (-) so much, in one run.
 TARGETS: dict[str, tuple[str, float]] = {
     "publish_window_vs_c": ("+", 0.8),
@@ -36,6 +40,10 @@ TARGETS: dict[str, tuple[str, float]] = {
     "subscriptions_1000_vs_1": ("+", 0.9),
     "memory_million_vs_ten_thousand": ("-", 1.2),
     "slow_handler_vs_none": ("+", 0.9),
+    "handle_redis_vs_memory": ("+", 0.5),
+    "handle_postgresql_vs_memory": ("+", 0.25),
+    "relay_vs_enough": ("+", 1.0),
+    "relay_pickup_p50_ms": ("-", 50.0),
     "import_eventbus_s": ("-", 0.25),
     "eventbus_help_s": ("-", 0.5),
 }
@@ -108,6 +116,11 @@ def cpu_us(answers: Sequence[Answer]) -> float:
     return 1e6 * sum(track[-1][2] - track[0][2] for track in tracks) / max(1, events)
 
 
+def median_ms(taken_us: Sequence[int]) -> float:
+    """In milliseconds."""
+    return statistics.median(taken_us) / 1000
+
+
 def ratios_of(figures: Figures) -> dict[str, float]:
     """What the targets are about. What was not measured is not there."""
 
@@ -138,10 +151,21 @@ def ratios_of(figures: Figures) -> dict[str, float]:
             (MEMORY, OURS, "a backlog of 1,000,000"), (MEMORY, OURS, "a backlog of 10,000")
         ),
         "slow_handler_vs_none": variant(HANDLE, "a slow handler among fast ones"),
+        "handle_redis_vs_memory": variant(HANDLE, in_store("redis")),
+        "handle_postgresql_vs_memory": variant(HANDLE, in_store("postgresql")),
+        "relay_vs_enough": _relay_vs_enough(figures),
+        "relay_pickup_p50_ms": figures.median("latency p50", OURS, in_outbox("postgresql")),
         "import_eventbus_s": figures.median("import eventbus", OURS, "start"),
         "eventbus_help_s": figures.median("eventbus --help", OURS, "start"),
     }
     return {name: round(ratio, 3) for name, ratio in found.items() if ratio is not None}
+
+
+def _relay_vs_enough(figures: Figures) -> float | None:
+    rows, published = figures.median(RELAYED, OURS, relayed("postgresql", 2)), figures.median(PUBLISH_WINDOW)
+    if rows is None or published is None:
+        return None
+    return rows / min(ENOUGH_ROWS, ENOUGH_OF_PUBLISHING * published)
 
 
 def is_met(name: str, ratio: float) -> bool:

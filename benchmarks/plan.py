@@ -19,7 +19,8 @@ MODULES = {
 }
 # Where a program's defaults are weaker than what is compared, or it cannot do what the others do.
 NOTES = {
-    OURS: "defaults, with idempotency in memory; prefetch and concurrency raised from 100 to 300",
+    OURS: "defaults, with idempotency in memory where nothing else is said; prefetch and concurrency raised from 100 "
+    "to 300; the worker's garbage collector as `eventbus run` has it",
     FASTSTREAM: "strengthened: quorum queue (default classic), persistent (default not), prefetch (default unlimited)",
     AIO_PIKA: "strengthened: quorum queue (default classic), persistent (default not), prefetch (default unlimited)",
     TASKIQ: "defaults are as durable; prefetch raised from 10, tasks at a time from 100 to 300",
@@ -34,7 +35,8 @@ GROUPS = {
     "publish": "one by one, in a window of 1,000, publish_many",
     "handle": "a full queue: decode, validate, claim, handle, settle",
     "latency": "end to end at 500 events a second",
-    "idempotency": "without it",
+    "idempotency": "without it, and with its keys in Redis, SQLite and PostgreSQL",
+    "outbox": "relays on PostgreSQL and SQLite: rows a second, latency, and what a transaction pays for an event",
     "tracing": "with the OpenTelemetry SDK, its batch processor and an exporter into nothing",
     "payload": "100 B and 10 kB instead of 420 B",
     "subscriptions": "10 and 1,000 instead of 1",
@@ -55,7 +57,17 @@ LATENCY_S = 5.0
 BACKLOGS = (10_000, 100_000, 1_000_000)
 
 
-Kind = Literal["flow", "publish", "latency", "embedded", "start", "profile"]
+# Every row has one of so many keys, and rows of one key leave in order.
+OUTBOX_KEYS = 1000
+# What the targets ask for is asked of this many; the others say how it compares.
+MANY_ROWS, ROWS = 100_000, 20_000
+PICK_UP_RATE, PICK_UP_S = 100.0, 12.0
+TRANSACTIONS = 2000
+
+Kind = Literal["flow", "publish", "latency", "embedded", "start", "profile", "relay", "pick up", "transaction"]
+Database = Literal["", "redis", "sqlite", "postgresql"]
+STORES: dict[Database, str] = {"redis": "Redis", "sqlite": "SQLite", "postgresql": "PostgreSQL"}
+OUTBOXES: tuple[Database, ...] = ("postgresql", "sqlite")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +81,7 @@ class Cell:
     variant: str = ""
     options: Mapping[str, object] = field(default_factory=dict)  # of the programs' Job
     processes: int = 1
+    database: Database = ""  # a new one for each cell: for the idempotency store or the outbox
     is_once: bool = False  # not in every round
 
     @property
@@ -78,7 +91,19 @@ class Cell:
 
 def cells(events: int, *, quick: bool = False) -> list[Cell]:
     """Everything that `make bench` measures, with about *events* events each; *quick* leaves out what takes long."""
-    return [*_compared(events, quick=quick), *_variants(events, quick=quick), *_once(events, quick=quick)]
+    return [
+        *_stores(events),
+        *_compared(events, quick=quick),
+        *_variants(events, quick=quick),
+        *_outbox(quick=quick),
+        *_once(events, quick=quick),
+    ]
+
+
+def _stores(events: int) -> Iterator[Cell]:
+    """Just before ours in every round: the machine is as it is for the store that they are compared with."""
+    for database in STORES:
+        yield replace(_cell("flow", OURS, events, "idempotency", variant=in_store(database)), database=database)
 
 
 def _compared(events: int, *, quick: bool) -> Iterator[Cell]:
@@ -102,13 +127,41 @@ def _variants(events: int, *, quick: bool) -> Iterator[Cell]:
     if quick:
         return
     yield _cell("flow", OURS, ours, "subscriptions", variant="10 subscriptions", subscriptions=10)
-    yield _cell("flow", OURS, ours, "idempotency", variant="without idempotency", idempotency=False)
+    yield _cell("flow", OURS, ours, "idempotency", variant="without idempotency", idempotency="")
     yield replace(_cell("flow", OURS, ours * 2, "processes", variant="2 processes"), processes=2)
     for program in (OURS, FASTSTREAM):
         yield _cell("flow", program, events * SHARES[program], "loop", variant="uvloop", loop="uvloop")
     for program in (OURS, FASTSTREAM, C):
         yield _cell("flow", program, events * SHARES[program], "payload", variant="100 B", payload=100)
         yield _cell("flow", program, events * SHARES[program] / 4, "payload", variant="10 kB", payload=10_000)
+
+
+def _outbox(*, quick: bool) -> Iterator[Cell]:
+    share = 10 if quick else 1
+    for database in OUTBOXES:
+        one = _cell("relay", OURS, ROWS / share, "outbox", variant=relayed(database, 1))
+        yield replace(one, database=database, is_once=True)
+        picked_up = _cell("pick up", OURS, PICK_UP_RATE * PICK_UP_S / share, "outbox", variant=in_outbox(database))
+        yield replace(picked_up, database=database, is_once=True)
+        paid = _cell("transaction", OURS, TRANSACTIONS / share, "outbox", variant=in_outbox(database))
+        yield replace(paid, database=database, is_once=True)
+    two = _cell("relay", OURS, MANY_ROWS / share, "outbox", variant=relayed("postgresql", 2))
+    yield replace(two, database="postgresql", processes=2, is_once=True)
+
+
+def in_store(database: Database) -> str:
+    """What a cell with that idempotency store is called."""
+    return f"keys in {STORES[database]}"
+
+
+def in_outbox(database: Database) -> str:
+    """What a cell with an outbox there is called."""
+    return f"outbox in {STORES[database]}"
+
+
+def relayed(database: Database, relays: int) -> str:
+    """What a cell with *relays* is called."""
+    return f"{relays} {'relay' if relays == 1 else 'relays'} on {STORES[database]}"
 
 
 def _once(events: int, *, quick: bool) -> Iterator[Cell]:

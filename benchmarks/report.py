@@ -20,13 +20,16 @@ from benchmarks.figures import (
     PUBLISH_MANY,
     PUBLISH_ONE,
     PUBLISH_WINDOW,
+    RELAYED,
     TARGETS,
+    TRANSACTION,
+    TRANSACTION_WITH_EVENT,
     UNITS,
     Figures,
     is_met,
     ratios_of,
 )
-from benchmarks.plan import CELERY, DRAMATIQ, NOTES, OURS, SHARES
+from benchmarks.plan import CELERY, DRAMATIQ, NOTES, OURS, OUTBOXES, SHARES, STORES, Database, in_outbox, relayed
 
 BEGIN, END = "<!-- figures: written by `make bench` -->", "<!-- the end of the figures -->"
 ALONE = {PUBLISH_MANY: "publish_many", "embedded": "memory://", "import eventbus": "start",
@@ -114,6 +117,10 @@ def sheets(run: Run) -> Iterator[Sheet]:
         yield Sheet("Situations: events/s, and MB of the worker's memory at its most", (
             "program", "situation", "publish", "handle", "memory", "after 10,000"
         ), [_variant(figures, program, variant) for program, variant in variants])  # fmt: skip
+    if any(what == RELAYED for what, *_ in figures.rounds):
+        yield Sheet("The outbox: rows/s, ms from commit to handler, ms of a transaction", (
+            "database", "one relay", "two relays", "p50", "p99", "without an event", "with one"
+        ), [_outbox(figures, database) for database in OUTBOXES])  # fmt: skip
     alone = [(what, figures.median(what, OURS, variant)) for what, variant in ALONE.items()]
     if any(value is not None for _, value in alone):
         shown = [(what, f"{_shown(value)} {UNITS[what]}") for what, value in alone if value is not None]
@@ -137,6 +144,13 @@ def _variant(figures: Figures, program: str, variant: str) -> tuple[str, ...]:
     published = figures.median(PUBLISH_WINDOW, program, variant) or figures.median(PUBLISH_MANY, program, variant)
     values = (published, *(figures.median(what, program, variant) for what in (HANDLE, MEMORY, MEMORY_AT_10000)))
     return (program, variant or "420 B, all defaults", *(_shown(value) for value in values))
+
+
+def _outbox(figures: Figures, database: Database) -> tuple[str, ...]:
+    there = in_outbox(database)
+    values = [figures.median(RELAYED, OURS, relayed(database, relays)) for relays in (1, 2)]
+    values += [figures.median(what, OURS, there) for what in (*LATENCIES[:2], TRANSACTION, TRANSACTION_WITH_EVENT)]
+    return (STORES[database], *(_shown(value) for value in values))
 
 
 def _shown(value: float | None) -> str:

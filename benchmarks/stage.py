@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -10,12 +11,13 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.databases import Databases
 from benchmarks.figures import (
     CPU_HANDLE,
     CPU_PUBLISH,
@@ -25,13 +27,18 @@ from benchmarks.figures import (
     PUBLISH_MANY,
     PUBLISH_ONE,
     PUBLISH_WINDOW,
+    RELAYED,
+    TRANSACTION,
+    TRANSACTION_WITH_EVENT,
     Answer,
     Figure,
     cpu_us,
     latencies_of,
+    median_ms,
     rate_of,
 )
-from benchmarks.plan import LATENCY_RATE, MODULES, C, Cell
+from benchmarks.plan import LATENCY_RATE, MODULES, OUTBOX_KEYS, PICK_UP_RATE, C, Cell
+from benchmarks.programs import outbox
 from benchmarks.programs.job import WINDOW, Job
 from tests.servers import BrokerServer
 
@@ -145,9 +152,10 @@ def _environment() -> dict[str, str]:
 class Stage:
     """Runs cells on one broker."""
 
-    def __init__(self, broker: BrokerServer, client: Path | None) -> None:
+    def __init__(self, broker: BrokerServer, client: Path | None, databases: Databases) -> None:
         self._broker = broker
         self._client = client
+        self._databases = databases
 
     def run(self, cell: Cell) -> tuple[list[Figure], list[dict[str, object]]]:
         """The cell's figures, and a profile where it asks for one.
@@ -157,8 +165,10 @@ class Stage:
         """
         if cell.kind == "start":
             return starts(), []
-        url = "memory://" if cell.kind == "embedded" else self._broker.new_vhost()
-        try:
+        with ExitStack() as needed:
+            url = "memory://" if cell.kind == "embedded" else self._broker.new_vhost()
+            needed.callback(self._broker.drop_vhosts)
+            database = needed.enter_context(self._databases.new(cell.database)) if cell.database else ""
             match cell.kind:
                 case "embedded":
                     with self._running(cell, Job(role="both", url=url, events=cell.events)) as process:
@@ -168,10 +178,14 @@ class Stage:
                 case "publish":
                     answers = self._publish(cell, url)
                     return [Figure(WHAT[str(cell.options["how"])], rate_of(answers))], []
+                case "relay":
+                    return self._relay(cell, url, database), []
+                case "pick up":
+                    return self._pick_up(cell, url, database), []
+                case "transaction":
+                    return self._transaction(cell, database), []
                 case "flow" | "profile":
-                    return self._flow(cell, url)
-        finally:
-            self._broker.drop_vhosts()
+                    return self._flow(replace(cell, options=_with_store(cell, database)), url)
 
     def _flow(self, cell: Cell, url: str) -> tuple[list[Figure], list[dict[str, object]]]:
         """Publish all, and then handle what is in the queue."""
@@ -233,6 +247,52 @@ class Stage:
             _complete(publisher.answer(), cell.events)
         return latencies_of(answer)
 
+    # ── the outbox ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _relay(self, cell: Cell, url: str, database: str) -> list[Figure]:
+        """Publish the rows of a full outbox; none twice, and those of one key in order."""
+        job = Job(role="relay", url=url, database=database, events=cell.events, keys=OUTBOX_KEYS)
+        with ExitStack() as running:
+            reader = running.enter_context(self._running(cell, replace(job, role="check")))
+            reader.await_line("ready")  # the queue is declared
+            for _ in range(cell.processes):
+                running.enter_context(self._running(cell, job)).await_line("ready")
+            asyncio.run(outbox.shared(database, cell.processes))
+            asyncio.run(outbox.fill(job))
+            marks = asyncio.run(outbox.published(database, cell.events, START_S + cell.events / SLOWEST_RATE))
+            reader.go()
+            answer = _complete(reader.answer(), cell.events)
+        if answer["again"] or answer["disordered"]:
+            raise ProgramError(f"{answer['again']} rows arrived twice, {answer['disordered']} out of order")
+        return [Figure(RELAYED, rate_of([{"marks": marks}]))]
+
+    def _pick_up(self, cell: Cell, url: str, database: str) -> list[Figure]:
+        """From before a transaction that writes an event until inside the handler."""
+        job = Job(role="handle", url=url, database=database, events=cell.events, keys=OUTBOX_KEYS)
+        with ExitStack() as running:
+            worker = running.enter_context(self._running(cell, replace(job, latency=True)))
+            worker.await_line("ready")
+            worker.go()
+            worker.await_line("working")
+            running.enter_context(self._running(cell, replace(job, role="relay"))).await_line("ready")
+            placing = running.enter_context(self._running(cell, replace(job, role="place", rate=PICK_UP_RATE)))
+            placing.await_line("ready")
+            placing.go()
+            _complete(placing.answer(), cell.events)
+            answer = _complete(worker.answer(), cell.events)
+        return latencies_of(answer)
+
+    def _transaction(self, cell: Cell, database: str) -> list[Figure]:
+        """What a transaction with one row takes, and one that writes an event besides."""
+        with self._running(cell, Job(role="transact", url="", database=database, events=cell.events)) as process:
+            answer = _whole(process, cell.events)
+        return [
+            Figure(TRANSACTION, median_ms(answer["without_us"])),
+            Figure(TRANSACTION_WITH_EVENT, median_ms(answer["with_us"])),
+        ]
+
+    # ── programs ────────────────────────────────────────────────────────────────────────────────────────────────────
+
     @contextmanager
     def _running(self, cell: Cell, job: Job) -> Iterator[Process]:
         process = self._start(cell, job)
@@ -249,7 +309,8 @@ class Stage:
         if cell.program == C:
             command = self._c_command(job)
         else:
-            module = f"benchmarks.programs.{MODULES[cell.program]}"
+            program = "outbox" if job.role in outbox.ROLES else MODULES[cell.program]
+            module = f"benchmarks.programs.{program}"
             command = [sys.executable, "-m", module, json.dumps(asdict(job))]
         return Process(command, START_S + job.events / SLOWEST_RATE)
 
@@ -262,6 +323,11 @@ class Stage:
             parts.username or "guest", parts.password or "guest", job.role, str(job.events), str(job.payload),
             str(many), str(job.rate or 0), str(int(job.latency)),
         ]  # fmt: skip
+
+
+def _with_store(cell: Cell, url: str) -> Mapping[str, object]:
+    """The cell's options, with its idempotency store, if it has one of its own."""
+    return {**cell.options, "idempotency": url} if url else cell.options
 
 
 def _whole(process: Process, events: int) -> Answer:

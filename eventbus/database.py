@@ -254,15 +254,24 @@ async def check(engine: AsyncEngine) -> None:
         raise _no_tables(engine)
     try:
         async with engine.connect() as connection:
-            version = await _version(connection)
-            if version is None:
-                raise _no_tables(engine)
-            if version != SCHEMA_VERSION:
-                raise _other_version(engine, version)
+            await check_version(connection)
             for table in METADATA.sorted_tables:
                 await connection.execute(select(table).limit(0))
     except (SQLAlchemyError, OSError, TimeoutError) as error:
         raise error_of(error, engine) from error
+
+
+async def check_version(connection: AsyncConnection) -> None:
+    """See that the tables are of this version. It may raise what the driver raises, too.
+
+    Raises:
+        SetupError: they are not.
+    """
+    version = await _version(connection)
+    if version is None:
+        raise _no_tables(connection.engine)
+    if version != SCHEMA_VERSION:
+        raise _other_version(connection.engine, version)
 
 
 async def _version(connection: AsyncConnection) -> int | None:

@@ -33,7 +33,7 @@ from eventbus.service import Service, Subscription, check_all
 from eventbus.settings import Settings
 from eventbus.topology import Names, Topology, merge, of_service, shared
 from eventbus.transport import from_url
-from eventbus.transport.base import Consumer, Declare, Source
+from eventbus.transport.base import CONNECT_TIMEOUT_S, Consumer, Declare, Source
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -44,7 +44,7 @@ log = logging.getLogger("eventbus.worker")
 
 DEFAULT_GRACE = timedelta(seconds=30)
 LAST_WAIT_S = 2.0  # for what is left of a program after its worker has ended
-_COLLECT_EVERY = 10_000  # objects more than were freed; the default, 700, is a few events
+YOUNG_OBJECTS = 20_000  # about what 300 events hold
 CALM_S = 60.0  # trouble that comes back within this is the same trouble
 
 # Asks somebody else whether all is well: None if so, else what is wrong. It may take its time.
@@ -103,8 +103,8 @@ class Engine:
     def subscriptions(self) -> dict[str, tuple[Subscription, ...]]:
         return self._subscriptions
 
-    async def start(self) -> None:
-        """Enter the lifespans, then consume.
+    async def start(self, within_s: float = CONNECT_TIMEOUT_S) -> None:
+        """Enter the lifespans, which take the time that they take; then consume, *within_s*.
 
         Raises:
             SetupError, TransportError, or whatever a lifespan raised; then nothing is left running.
@@ -115,11 +115,20 @@ class Engine:
                     consumer.state = await self._lifespans.enter_async_context(
                         consumer.service.lifespan(consumer.service)
                     )
-            self._consumer = self._sender.transport.consumer(list(self._sources()), self._topology, self._declare)
-            await self._consumer.start()
+            await self._consume(within_s)
         except BaseException:
             await self._end()
             raise
+
+    async def _consume(self, within_s: float) -> None:
+        self._consumer = self._sender.transport.consumer(list(self._sources()), self._topology, self._declare)
+        try:
+            async with asyncio.timeout(within_s):
+                await self._consumer.start()
+        except TimeoutError as error:
+            raise TransportError(
+                f"the broker answered, but nothing was consumed within {CONNECT_TIMEOUT_S:g} s of the start"
+            ) from error
 
     def _sources(self) -> Iterator[Source]:
         by_name = {consumer.service.name: consumer for consumer in self.consumers}
@@ -293,8 +302,8 @@ class Worker:
         self._running: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Check; connect to the idempotency store and to the broker and declare, each within 15 s; enter the lifespans,
-        and consume.
+        """Check, connect to the idempotency store and to the broker, enter the lifespans, declare, and consume: within
+        15 s, besides what the lifespans take.
 
         Raises:
             SetupError: mistakes of all services, one a line, or what the broker or the store will never allow.
@@ -309,14 +318,27 @@ class Worker:
         given = self._idempotency or settings.idempotency
         store = store_from_url(given) if isinstance(given, str) else given
         transport = from_url(url, max_message_bytes=settings.max_message_bytes, has_lane=settings.has_lane)
-        async with AsyncExitStack() as connected:
-            if isinstance(store, SharedStore):
-                await self._open(store, connected)
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + CONNECT_TIMEOUT_S
+
+        async def open_broker() -> None:
             await open_or_close(transport, names, settings)
             connected.push_async_callback(transport.close)
+
+        async with AsyncExitStack() as connected:
+            # Side by side: each may take most of the time there is. The store, which takes less, is opened to its end
+            # even where the broker refuses: SQLite's driver, cancelled half-way, leaves a thread behind.
+            broker = loop.create_task(open_broker())
+            try:
+                await self._open_store(store, connected)
+                await broker
+            finally:
+                broker.cancel()
+                await asyncio.gather(broker, return_exceptions=True)
             self._sender = Sender(transport, names)
             self._engine = Engine(self._services, self._sender, store, declare=settings.declare)
-            self._running = asyncio.get_running_loop().create_task(self._run(self._engine, connected.pop_all()))
+            left_s = ends_s - loop.time()
+            self._running = loop.create_task(self._run(self._engine, left_s, connected.pop_all()))
         await self._started(self._running)
         if isinstance(store, MemoryStore) and url is not None and url.startswith("amqp"):
             log.warning("idempotency is memory://: duplicates are recognised within this process only")
@@ -367,10 +389,10 @@ class Worker:
         # Shielded: whoever waits may give up, the worker still drains.
         await asyncio.shield(self._running)
 
-    async def _run(self, engine: Engine, connected: AsyncExitStack) -> None:
+    async def _run(self, engine: Engine, within_s: float, connected: AsyncExitStack) -> None:
         """Start, go on until asked to stop, and stop: one task, as lifespans with task groups in them need it."""
         async with connected:
-            await engine.start()
+            await engine.start(within_s)
             self._has_started.set()
             try:
                 await self._until_told(engine)
@@ -392,8 +414,10 @@ class Worker:
             asked.cancel()
             await asyncio.gather(consuming, asked, return_exceptions=True)
 
-    async def _open(self, store: SharedStore, connected: AsyncExitStack) -> None:
+    async def _open_store(self, store: IdempotencyStore, connected: AsyncExitStack) -> None:
         """Open what was made from an URL. A store that was passed is opened, and closed, by whoever passed it."""
+        if not isinstance(store, SharedStore):
+            return
         if store is not self._idempotency:
             await store.open()
             connected.push_async_callback(store.close)
@@ -418,6 +442,17 @@ class Worker:
         return lines
 
 
+def spare_garbage_collector() -> None:
+    """Have Python look for garbage less often, and not in what was loaded, which lives as long as the process.
+
+    Behind a shared store hundreds of events are on their way at once. Python looks through the youngest objects for
+    each 700 new ones, and through all of them now and then: that took a third of the time of handling an event.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+
+
 def problems_of(worker: Worker) -> list[str]:
     """What keeps *worker* from its work as far as it knows, a line each; none if it is ready. Never waits."""
     engine, running = worker._engine, worker._running
@@ -438,18 +473,6 @@ def probes_of(worker: Worker) -> Mapping[str, Probe]:
     """What *worker* can only know by asking others, by what it is about; nothing while it does not run."""
     runs = worker._has_started.is_set() and not worker._asked_to_stop.is_set() and worker._fatal is None
     return worker._engine.probes() if runs and worker._engine is not None else {}
-
-
-def calm_collector() -> None:
-    """Let the garbage collector of this process, which must be ours, look less often, and not at what was loaded.
-
-    Hundreds of events are on their way at once, each some dozens of objects (with a shared store, or a span in a batch,
-    more), and hardly any of it is a cycle: by default the collector walks through all of it every few events.
-    """
-    gc.collect()
-    gc.freeze()
-    _, second, third = gc.get_threshold()
-    gc.set_threshold(_COLLECT_EVERY, second, third)
 
 
 async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
@@ -477,7 +500,7 @@ async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, on_signal)
     try:
         async with worker:
-            calm_collector()
+            spare_garbage_collector()  # the process is ours here
             for line in [] if signals else [*worker._describe(), "ready"]:
                 announce(line)
             await worker.wait()

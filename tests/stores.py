@@ -228,7 +228,7 @@ class InContainer:
         for name, value in kind.variables.items():
             self._docker.with_env(name, value)
         if kind.arguments:
-            program = "postgres" if kind is POSTGRESQL else "redis-server"
+            program = "postgres" if kind.name == POSTGRESQL.name else "redis-server"
             self._docker.with_command(f"{program} {kind.arguments}")
         daemon = self._docker.get_docker_client().host()
         host = "127.0.0.1" if daemon == "localhost" else daemon
@@ -336,7 +336,7 @@ class StoreServer:
 
     def new_url(self) -> str:
         """The URL of an empty database. On a Redis it is the same one for all tests of this process, emptied."""
-        if self._kind is REDIS:
+        if self._kind.name == REDIS.name:
             url = urllib.parse.urlsplit(self._engine.url)._replace(path=f"/{_redis_database()}").geturl()
             apart(_empty_redis(url))
             return url

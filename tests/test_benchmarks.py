@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import report
-from benchmarks.figures import HANDLE, PUBLISH_ONE, PUBLISH_WINDOW, Figure, Figures, latencies_of, rate_of, ratios_of
+from benchmarks.__main__ import without
+from benchmarks.databases import Databases
+from benchmarks.figures import (
+    HANDLE,
+    PUBLISH_ONE,
+    PUBLISH_WINDOW,
+    RELAYED,
+    TRANSACTION,
+    TRANSACTION_WITH_EVENT,
+    Figure,
+    Figures,
+    latencies_of,
+    rate_of,
+    ratios_of,
+)
 from benchmarks.order import Order, lines_of, note_of
-from benchmarks.plan import FASTSTREAM, GROUPS, NOTES, OURS, PIKA, SHARES, C, Cell, cells
+from benchmarks.plan import FASTSTREAM, GROUPS, NOTES, OURS, OUTBOXES, PIKA, SHARES, C, Cell, Database, cells
 from benchmarks.stage import ProgramError, Stage
 from tests.servers import BrokerServer
+from tests.stores import NoStore
 
 EVENTS = 300
+ROWS = 4000  # several batches of each relay
 
 
 def track(*marks: tuple[int, float]) -> dict[str, object]:
@@ -23,6 +41,13 @@ def track(*marks: tuple[int, float]) -> dict[str, object]:
 
 def cell(program: str, **options: object) -> Cell:
     return Cell(kind="flow", program=program, events=EVENTS, groups=frozenset(), options=options)
+
+
+@pytest.fixture(scope="module")
+def databases() -> Iterator[Databases]:
+    databases = Databases()
+    yield databases
+    databases.close()
 
 
 # ── figures ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -63,6 +88,15 @@ def test_ratios_are_of_medians_and_name_what_was_measured_only() -> None:
     assert ratios_of(figures) == {"handle_vs_c": 0.5, "tracing_on_vs_off": 0.5}
 
 
+@pytest.mark.parametrize(("published", "enough"), [(20_000.0, 0.8), (5_000.0, 1.333)])
+def test_relays_are_held_to_five_thousand_rows_or_to_what_the_bus_publishes(published: float, enough: float) -> None:
+    figures = Figures()
+    figures.add(OURS, "", Figure(PUBLISH_WINDOW, published))
+    figures.add(OURS, "2 relays on PostgreSQL", Figure(RELAYED, 4000.0))
+
+    assert ratios_of(figures) == {"relay_vs_enough": enough}
+
+
 @pytest.mark.parametrize("size", [100, 420, 10_000])
 def test_an_order_is_as_long_as_it_says(size: int) -> None:
     order = Order(number=123_456, sent_ns=10**12 + 1, lines=lines_of(size), note=note_of(size))
@@ -100,15 +134,15 @@ def test_what_is_written_has_every_figure_and_leaves_the_pages_prose_alone(tmp_p
 
 
 @pytest.mark.parametrize("program", [OURS, PIKA])
-def test_a_program_publishes_and_handles_all(program: str, broker: BrokerServer) -> None:
-    figures, _ = Stage(broker, None).run(cell(program))
+def test_a_program_publishes_and_handles_all(program: str, broker: BrokerServer, databases: Databases) -> None:
+    figures, _ = Stage(broker, None, databases).run(cell(program))
 
     assert {figure.what for figure in figures} >= {PUBLISH_WINDOW, HANDLE}
     assert all(figure.value > 0 for figure in figures)
 
 
-def test_latency_tracing_and_many_subscriptions_are_measured(broker: BrokerServer) -> None:
-    stage = Stage(broker, None)
+def test_latency_tracing_and_many_subscriptions_are_measured(broker: BrokerServer, databases: Databases) -> None:
+    stage = Stage(broker, None, databases)
     latency = Cell(kind="latency", program=OURS, events=EVENTS, groups=frozenset())
 
     figures, _ = stage.run(latency)
@@ -118,6 +152,47 @@ def test_latency_tracing_and_many_subscriptions_are_measured(broker: BrokerServe
     assert HANDLE in {figure.what for figure in situations}
 
 
-def test_a_program_that_fails_is_told_with_its_last_words(broker: BrokerServer) -> None:
+@pytest.mark.parametrize("database", ["redis", "sqlite", "postgresql"])
+def test_keys_in_each_kind_of_store_are_measured(
+    database: Database, broker: BrokerServer, databases: Databases
+) -> None:
+    figures, _ = Stage(broker, None, databases).run(replace(cell(OURS), database=database))
+
+    assert HANDLE in {figure.what for figure in figures}
+
+
+@pytest.mark.parametrize("database", OUTBOXES)
+def test_an_outbox_is_measured(database: Database, broker: BrokerServer, databases: Databases) -> None:
+    stage = Stage(broker, None, databases)
+    relays = Cell(
+        kind="relay", program=OURS, events=ROWS, groups=frozenset(), processes=2, database=database
+    )  # fails where a row arrives twice, or before another of its key
+
+    relayed, _ = stage.run(relays)
+    latency, _ = stage.run(replace(relays, kind="pick up", events=EVENTS))
+    taken, _ = stage.run(replace(relays, kind="transaction", events=EVENTS))
+
+    assert [figure.what for figure in relayed] == [RELAYED]
+    assert [figure.what for figure in latency] == ["latency p50", "latency p99", "latency p99.9"]
+    assert [figure.what for figure in taken] == [TRANSACTION, TRANSACTION_WITH_EVENT]
+    assert all(figure.value > 0 for figure in (*relayed, *latency, *taken))
+
+
+def test_a_database_that_there_is_not_is_told_and_the_others_are_measured(
+    databases: Databases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: Databases, name: str) -> str:
+        if name == "redis":
+            raise NoStore("install redis-server")
+        return f"{name}: native"
+
+    monkeypatch.setattr(Databases, "start", start)
+    run = report.Run("whole", 1, 10, "2026-11-22T00:00:00+00:00", {}, {})
+
+    assert list(without(databases, {"", "redis", "sqlite", "postgresql"}, run)) == ["redis"]
+    assert run.notes == ["postgresql: native", "redis: not measured: install redis-server"]
+
+
+def test_a_program_that_fails_is_told_with_its_last_words(broker: BrokerServer, databases: Databases) -> None:
     with pytest.raises(ProgramError, match="TypeError"):
-        Stage(broker, None).run(cell(PIKA, payload="many"))
+        Stage(broker, None, databases).run(cell(PIKA, payload="many"))

@@ -27,7 +27,7 @@ HELD_UP_S = 120.0  # nothing happens any more: something is wrong
 class Job:
     """One measured run of one program."""
 
-    role: Literal["publish", "handle", "both"]
+    role: Literal["publish", "handle", "both", "relay", "place", "transact", "check"]
     url: str
     events: int
     how: Literal["one", "window", "many"] = "window"
@@ -35,7 +35,9 @@ class Job:
     rate: float | None = None  # publish so many in a second, whatever the confirms do
     latency: bool = False  # note how long each event took
     share: bool = False  # another process handles the same queue: nobody knows how many come
-    idempotency: bool = True
+    idempotency: str = "memory://"  # the store's URL; none: without
+    database: str = ""  # the outbox's URL
+    keys: int = 1  # of the outbox's rows
     tracing: bool = False
     subscriptions: int = 1
     slow_every: int = 0  # every so many events one takes two seconds

@@ -14,7 +14,7 @@ from benchmarks.programs.job import HELD_UP_S, PREFETCH, WINDOW, Job, Meter
 from benchmarks.programs.looping import in_window, main, until_done
 from eventbus import Bus, Envelope, Event, IdempotencyStore, Service, Worker
 from eventbus.idempotency.base import Claim, Mine
-from eventbus.worker import calm_collector
+from eventbus.worker import spare_garbage_collector
 
 SLOW_S = 2.0
 
@@ -83,8 +83,7 @@ def service_of(job: Job, meter: Meter) -> Service[Any]:
 
 
 def worker_of(job: Job, meter: Meter) -> Worker:
-    idempotency = "memory://" if job.idempotency else NoIdempotency()
-    return Worker(service_of(job, meter), url=job.url, idempotency=idempotency)
+    return Worker(service_of(job, meter), url=job.url, idempotency=job.idempotency or NoIdempotency())
 
 
 def install_tracing() -> None:
@@ -117,7 +116,7 @@ class EventBus:
         if job.tracing:
             install_tracing()
         async with worker_of(job, meter):
-            calm_collector()  # as `run` does
+            spare_garbage_collector()  # as `run` and `eventbus run` do
             yield
 
 

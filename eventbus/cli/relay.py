@@ -54,6 +54,7 @@ async def _serve(place: Place, database: str, keep: timedelta, address: tuple[st
     from eventbus import health
     from eventbus.database import open_engine, shown
     from eventbus.outbox import Relay
+    from eventbus.worker import spare_garbage_collector
 
     engine = open_engine(database)
     relay = Relay(engine, url=place.url, namespace=place.names.namespace, keep=keep)
@@ -79,6 +80,7 @@ async def _serve(place: Place, database: str, keep: timedelta, address: tuple[st
                 told = health.told(relay.problems, relay.probes, watchdog, *address)
                 output.say(f"health   {await around.enter_async_context(told)}/live and /ready")
             await around.enter_async_context(relay)
+            spare_garbage_collector()  # two thousand rows are on their way at once
             output.say(f"outbox   {shown(engine)}, published rows are kept for {keep}")
             output.say(f"broker   {relay.broker}, namespace {place.names.namespace}")
             output.say("ready")

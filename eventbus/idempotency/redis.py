@@ -46,20 +46,20 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local token, answers, n = ARGV[1], {{}}, 0
 
-local function hold(key, ms, crashes, whose, ...)
-    local value = string.format('%.0f %d %s', now + ms, crashes, whose)
-    return redis.call('SET', key, value, 'PX', string.format('%.0f', ms + keep_crashed), ...)
+local function held(ms, crashes, whose)
+    return string.format('%.0f %d %s', now + ms, crashes, whose), string.format('%.0f', ms + keep_crashed)
 end
 
 for what, ms, whose in string.gmatch(ARGV[2], '(%a+) (%d+) (%S+)') do
     n = n + 1
-    local crashes, owner = string.match(redis.call('GET', KEYS[n]) or '', '^%d+ (%d+) (.+)$')
-    if owner ~= whose then
+    local value = redis.call('GET', KEYS[n]) or ''
+    if string.sub(value, -1 - #whose) ~= ' ' .. whose then
         answers[n] = '0'
     else
         answers[n] = '1'
         if what == 'held' then
-            hold(KEYS[n], ms, crashes, whose)
+            local renewed, keep = held(ms, string.match(value, ' (%d+) '), whose)
+            redis.call('SET', KEYS[n], renewed, 'PX', keep)
         elseif ms == '0' then
             redis.call('DEL', KEYS[n])
         else
@@ -68,9 +68,13 @@ for what, ms, whose in string.gmatch(ARGV[2], '(%a+) (%d+) (%S+)') do
     end
 end
 
+local lease, value, keep  -- mostly the same for all
 for ms in string.gmatch(ARGV[3], '%d+') do
     n = n + 1
-    if hold(KEYS[n], ms, 0, token, 'NX') then
+    if ms ~= lease then
+        lease, value, keep = ms, held(ms, 0, token)
+    end
+    if redis.call('SET', KEYS[n], value, 'PX', keep, 'NX') then
         answers[n] = 'mine 0'
     else
         local ends, crashes = string.match(redis.call('GET', KEYS[n]), '^(%d+) (%d+) ')
@@ -79,7 +83,8 @@ for ms in string.gmatch(ARGV[3], '%d+') do
         elseif ends - now > 0 then
             answers[n] = string.format('theirs %.0f', ends - now)
         else
-            hold(KEYS[n], ms, crashes + 1, token)
+            local again, keep_again = held(ms, crashes + 1, token)
+            redis.call('SET', KEYS[n], again, 'PX', keep_again)
             answers[n] = string.format('mine %d', crashes + 1)
         end
     end

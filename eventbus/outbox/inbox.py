@@ -10,19 +10,23 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from hashlib import blake2b
+from weakref import WeakSet
 
+from sqlalchemy import Engine
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 
 from eventbus.context import AlreadyDone, Unit
-from eventbus.database import INBOX, error_of
+from eventbus.database import INBOX, check_version, error_of
 from eventbus.envelope import Envelope
 from eventbus.errors import SetupError
 from eventbus.outbox.sql import write
 
 # As long as the idempotency store remembers; a relay forgets them in the background.
 KEEP_INBOX = timedelta(days=7)
+# Whose tables are of this version: that is not asked for each event.
+_CHECKED: WeakSet[Engine] = WeakSet()
 
 
 @asynccontextmanager
@@ -39,12 +43,15 @@ async def open_unit(
 
     Raises:
         AlreadyDone: the inbox knows *key*.
-        SetupError: no engine, or no tables. StoreError: the database did not answer.
+        SetupError: no engine, or no tables of this version. StoreError: the database did not answer.
     """
     engine = _engine_of(state)
     async with AsyncSession(engine, expire_on_commit=False) as session, session.begin():
         try:
             connection = await session.connection()
+            if engine.sync_engine not in _CHECKED:
+                await check_version(connection)
+                _CHECKED.add(engine.sync_engine)
             is_new = await _note(connection, key)
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             raise error_of(error, engine) from error

@@ -42,7 +42,7 @@ BATCH = 500
 WINDOW = 4 * BATCH
 # PostgreSQL tells of new rows, and is asked besides; SQLite has to be asked, which is a matter of 100 µs there.
 POLL_TOLD_S = 0.5
-POLL_S = 0.05
+POLL_S = 0.02
 LOOK_S = 2.0  # how often leases begin anew: several times in each
 MEASURE_S = 5.0
 SWEEP_S = 60.0

@@ -39,9 +39,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.types import NullType
 
 from eventbus.bus import check_type, enclosed, source_of_this_program
-from eventbus.database import INBOX, LEASES, ONLY_READS, OUTBOX, now_ms
+from eventbus.database import INBOX, LEASES, ONLY_READS, OUTBOX, error_of, now_ms
 from eventbus.delay import way
 from eventbus.envelope import Envelope, check_source, headers_of
+from eventbus.errors import SetupError
 from eventbus.event import Event
 from eventbus.outbox.base import Lag, Row, values_of
 from eventbus.settings import Settings
@@ -89,6 +90,7 @@ class Outbox:
         Raises:
             EnvelopeError: it does not serialise, or can never be sent; nothing was written.
             ValueError: a delay that is negative or too long.
+            SetupError: no tables, or writing to them is not allowed. Or what the driver raises: nothing was written.
         """
         if self._source is None:
             self._source = Settings.load().source or source_of_this_program()
@@ -102,7 +104,7 @@ async def write(connection: AsyncConnection, envelope: Envelope, delay: timedelt
     """Write the row of *envelope* in the transaction of *connection*.
 
     Raises:
-        EnvelopeError, ValueError: it could never be published.
+        EnvelopeError, ValueError: it could never be published. SetupError: no tables, or writing is not allowed.
     """
     check_type(envelope.type)
     headers_of(envelope)
@@ -122,7 +124,9 @@ async def write(connection: AsyncConnection, envelope: Envelope, delay: timedelt
             await connection.execute(statement.inline())
     except StatementError as error:
         error.hide_parameters = True  # they are the event's data, and this may end up in a log
-        raise
+        if isinstance(meant := error_of(error, connection.engine), SetupError):
+            raise meant from error
+        raise  # a deadlock, a lost connection: the caller knows it from its own statements
 
 
 # ── reading and marking ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -151,6 +151,36 @@ async def test_what_is_committed_while_the_broker_is_away_leaves_when_it_is_back
     assert handled == Counter({1: 1, 2: 1, 3: 1})
 
 
+async def test_a_row_over_what_the_broker_was_told_to_take_is_set_aside_and_those_behind_it_leave(
+    sqlite_url: str, own_broker: BrokerServer
+) -> None:
+    url = own_broker.new_vhost()
+    engine = open_engine(sqlite_url)
+    await create(engine)
+    limit = "application:set_env(rabbit, max_message_size, {}), persistent_term:put(max_message_size, {})."
+    usual = own_broker.ctl("eval", "rabbit_misc:get_env(rabbit, max_message_size, none).").strip()
+    await asyncio.to_thread(own_broker.ctl, "eval", limit.format(2000, 2000))
+    try:
+        async with arriving(url) as arrived, Relay(engine, url=url):
+            async with engine.begin() as connection:  # the relay does not know of the broker's limit
+                large: dict[str, Any] = {"event_id": "large", "source": "/s", "type": "placed.v1", "data": b"x" * 5000}
+                wide: dict[str, Any] = {**large, "data": b"{}", "extensions": f'{{"x": "{"y" * 200_000}"}}'}
+                for row in (large, wide):
+                    await connection.execute(insert(OUTBOX).values(**row, ordering_key="ada"))
+            await place(engine, 1, 2, subject="ada")
+            await relayed(engine)
+            await until(lambda: arrived.orders[-1:] == [2])
+    finally:
+        await asyncio.to_thread(own_broker.ctl, "eval", limit.format(usual, usual))
+    errors = [row["error"] for row in await rows_of(engine)]
+    await engine.dispose()
+
+    assert "its body takes" in errors[0]
+    assert "its headers take" in errors[1]
+    assert errors[2:] == [None, None]
+    assert list(dict.fromkeys(arrived.orders)) == [1, 2]
+
+
 async def test_rows_that_were_set_aside_are_listed_and_tried_again(sqlite_url: str, tmp_path: Path) -> None:
     apart(make_tables(sqlite_url))
     engine = open_engine(sqlite_url)

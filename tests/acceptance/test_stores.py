@@ -127,20 +127,52 @@ async def test_a_store_that_was_passed_closed_is_refused(sqlite_url: str) -> Non
 async def test_a_store_is_let_go_where_the_broker_refuses(
     shared_store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    closed: list[SharedStore] = []
-    close = SharedStore.close
+    opened: list[SharedStore] = []
+    open_ = SharedStore.open
 
     async def noted(store: SharedStore) -> None:
-        closed.append(store)
-        await close(store)
+        opened.append(store)
+        await open_(store)
 
-    monkeypatch.setattr(SharedStore, "close", noted)
+    monkeypatch.setattr(SharedStore, "open", noted)
     monkeypatch.setenv("EVENTBUS_DECLARE", "verify")
 
     with pytest.raises(SetupError, match="EVENTBUS_DECLARE=apply"):
         await Worker(counting(Counter()), url=new_broker(), idempotency=shared_store_url).__aenter__()
 
-    assert [store.is_open for store in closed] == [False]
+    assert [store.is_open for store in opened] == [False]
+
+
+async def test_a_store_and_a_broker_that_are_silent_are_waited_for_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("eventbus.idempotency.shared.OPEN_TIMEOUT_S", 3600)
+    monkeypatch.setattr("eventbus.transport.rabbitmq.session.CONNECT_TIMEOUT_S", 3600)
+    asked = set[str]()
+    async with silent("store", asked) as store, silent("broker", asked) as broker:
+        worker = Worker(counting(Counter()), url=f"amqp://{broker}/", idempotency=f"redis://{store}/0")
+        entering = asyncio.create_task(worker.__aenter__())
+
+        await until(lambda: asked == {"store", "broker"}, "both are asked, though neither has answered")
+
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+
+
+@asynccontextmanager
+async def silent(name: str, asked: set[str]) -> AsyncIterator[str]:
+    """The address of somebody who takes connections, notes in *asked* that one came, and never answers."""
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.add(name)
+        await reader.read()  # until the other side has given up
+        writer.close()
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    host, port = server.sockets[0].getsockname()
+    async with server:
+        yield f"{host}:{port}"
 
 
 # ── a start that cannot be ──────────────────────────────────────────────────────────────────────────────────────────

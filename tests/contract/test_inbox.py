@@ -10,12 +10,12 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, func, insert, select, text
+from sqlalchemy import Column, Integer, MetaData, Table, func, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from eventbus import Context, Event, Reject, Retry, RetryLater, Service
-from eventbus.database import INBOX, create, open_engine
+from eventbus.database import INBOX, SCHEMA, create, open_engine
 from eventbus.outbox.inbox import digest
 from eventbus.testing import context
 from tests.outboxes import Placed, rows_of
@@ -276,8 +276,49 @@ async def test_without_tables_the_remedy_is_named(sqlite_url: str, postgresql_ur
         assert "eventbus store create" in letter.error
 
 
+async def test_tables_of_another_version_are_told_and_left_alone(engine: AsyncEngine) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(update(SCHEMA).values(version=999))
+    service = payments_on(engine)
+
+    @service.on("placed", retry=Retry(attempts=1))
+    async def capture(event: Placed, context: Context[Any]) -> None:
+        await pay(context, 1)
+
+    async with Rig(service) as rig:
+        await rig.publish(Placed(order_id=1))
+        await rig.settled()
+        (letter,) = rig.dead_letters(service)
+    assert letter.error is not None
+    assert "are of version 999, and this eventbus needs" in letter.error
+    assert (await count(engine, PAYMENTS), await count(engine, INBOX)) == (0, 0)
+
+
+async def test_an_event_that_does_not_serialise_undoes_the_whole_attempt_and_is_named(engine: AsyncEngine) -> None:
+    class Odd(Event, name="odd"):
+        what: Any
+
+    service = payments_on(engine)
+
+    @service.on("placed", retry=Retry(attempts=1))
+    async def capture(event: Placed, context: Context[Any]) -> None:
+        async with context.transaction() as session:
+            await session.execute(insert(PAYMENTS).values(order_id=event.order_id))
+            await context.publish(Odd(what=object()) if event.order_id == 1 else Captured(order_id=event.order_id))
+
+    async with Rig(service) as rig:
+        await rig.publish(Placed(order_id=1))
+        await rig.publish(Placed(order_id=2))  # is not held up
+        await rig.settled()
+        (letter,) = rig.dead_letters(service)
+        assert rig.published(Captured) == [Captured(order_id=2)]
+    assert letter.error is not None
+    assert "odd" in letter.error
+    assert (await count(engine, PAYMENTS), await count(engine, INBOX)) == (1, 1)
+
+
 async def test_a_connection_that_is_lost_in_the_middle_leaves_nothing_and_is_tried_again(
-    postgresql_url: str,
+    postgresql_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = open_engine(postgresql_url)
     await create(engine)
@@ -304,11 +345,12 @@ async def test_a_connection_that_is_lost_in_the_middle_leaves_nothing_and_is_tri
         await rig.settled()
         assert rig.attempts(capture) == 2
     assert len(errors) == 1
+    assert "attempt 1: failed, again in" in caplog.text
     assert await count(engine, PAYMENTS) == 2  # both of the second attempt
     await engine.dispose()
 
 
-async def test_a_deadlock_is_an_attempt_that_failed(postgresql_url: str) -> None:
+async def test_a_deadlock_is_an_attempt_that_failed(postgresql_url: str, caplog: pytest.LogCaptureFixture) -> None:
     engine = open_engine(postgresql_url)
     await create(engine)
     async with engine.begin() as connection:
@@ -334,6 +376,42 @@ async def test_a_deadlock_is_an_attempt_that_failed(postgresql_url: str) -> None
         assert rig.attempts(capture) == 3
         assert len(rig.published(Captured)) == 2
     await engine.dispose()
+    assert "attempt 1: failed, again in" in caplog.text
+    assert "deadlock detected" in caplog.text
+
+
+async def test_a_serialisation_failure_is_an_attempt_that_failed(
+    postgresql_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = open_engine(postgresql_url)
+    await create(engine)
+    async with engine.begin() as connection:
+        await connection.run_sync(PAYMENTS.metadata.create_all)
+        await connection.execute(text("CREATE TABLE stock (item INTEGER, left_over INTEGER)"))
+        await connection.execute(text("INSERT INTO stock VALUES (1, 10)"))
+    serializable = engine.execution_options(isolation_level="SERIALIZABLE")
+    service, met = payments_on(serializable), asyncio.Barrier(2)
+
+    @service.on("placed")
+    async def reserve(event: Placed, context: Context[Any]) -> None:
+        async with context.transaction() as session:
+            left = (await session.execute(text("SELECT left_over FROM stock"))).scalar_one()
+            if context.attempt == 1:
+                await met.wait()  # both have read what only one of them may change
+            await session.execute(text("UPDATE stock SET left_over = :left"), {"left": left - 1})
+            await context.publish(Captured(order_id=event.order_id))
+
+    async with Rig(service) as rig:
+        await rig.publish(Placed(order_id=1))
+        await rig.publish(Placed(order_id=2))
+        await rig.settled()
+        assert rig.attempts(reserve) == 3
+        assert len(rig.published(Captured)) == 2
+    async with engine.connect() as connection:
+        assert (await connection.execute(text("SELECT left_over FROM stock"))).scalar_one() == 8
+    await engine.dispose()
+    assert "attempt 1: failed, again in" in caplog.text
+    assert "could not serialize access" in caplog.text
 
 
 # ── in a unit test ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,8 +17,8 @@ from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from eventbus import Context, Envelope, EnvelopeError, Service, SetupError, Worker
-from eventbus.database import INBOX, LEASES, OUTBOX, create, open_engine
+from eventbus import Context, Envelope, EnvelopeError, Event, Service, SetupError, Worker
+from eventbus.database import INBOX, LEASES, OUTBOX, SCHEMA, create, open_engine
 from eventbus.delay import LONGEST
 from eventbus.outbox import Outbox, Relay
 from eventbus.outbox import relay as relay_module
@@ -61,6 +61,10 @@ async def postgresql(postgresql_url: str) -> AsyncIterator[AsyncEngine]:
     await create(engine)
     yield engine
     await engine.dispose()
+
+
+def url_of(engine: AsyncEngine) -> str:
+    return engine.url.set(drivername=engine.dialect.name).render_as_string(hide_password=False)
 
 
 async def execute(engine: AsyncEngine, statement: Any) -> int:
@@ -165,11 +169,33 @@ async def test_what_a_bus_refuses_an_outbox_refuses_too(engine: AsyncEngine, del
         Outbox(source="not a source")
 
 
-async def test_an_error_of_the_database_shows_no_data(engine: AsyncEngine) -> None:
+async def test_an_event_that_does_not_serialise_leaves_the_transaction_as_it_was(engine: AsyncEngine) -> None:
+    class Odd(Event, name="odd"):
+        what: Any
+
+    outbox, url = Outbox(source="/shop"), new_broker()
+    async with arriving(url) as arrived, Relay(engine, url=url):
+        async with AsyncSession(engine) as session, session.begin():
+            with pytest.raises(EnvelopeError, match="odd"):
+                await outbox.publish(session, Odd(what=object()))
+            await outbox.publish(session, Placed(order_id=1))
+        await until(lambda: arrived.envelopes)
+
+        assert arrived.orders == [1]
+
+
+async def test_an_outbox_without_tables_says_how_to_make_them(engine: AsyncEngine) -> None:
     await execute(engine, text("DROP TABLE eventbus_outbox"))
 
+    with pytest.raises(SetupError, match="eventbus store create"):
+        await place(engine, 1)
+
+
+async def test_an_error_of_the_database_shows_no_data(engine: AsyncEngine) -> None:
+    await execute(engine, text("CREATE UNIQUE INDEX one ON eventbus_outbox (type)"))
+
     with pytest.raises(SQLAlchemyError) as raised:
-        await place(engine, 123456789)
+        await place(engine, 123456789, 123456789)
 
     assert "123456789" not in str(raised.value)
 
@@ -205,7 +231,7 @@ async def test_the_table_refuses_a_bucket_that_no_relay_would_read(engine: Async
 async def test_two_relays_publish_each_of_many_rows_once_and_in_order_per_key(engine: AsyncEngine) -> None:
     url, keys, count = new_broker(), 40, 2000
     await place_many(engine, count, keys=keys)
-    other = open_engine(engine.url.set(drivername=engine.dialect.name).render_as_string(hide_password=False))
+    other = open_engine(url_of(engine))
 
     async with arriving(url) as arrived, Relay(engine, url=url), Relay(other, url=url):
         await relayed(engine)
@@ -391,6 +417,31 @@ async def test_a_relay_without_tables_says_how_to_make_them(sqlite_url: str, pos
             async with Relay(engine, url=new_broker()):
                 raise AssertionError
         await engine.dispose()
+
+
+async def test_a_relay_on_tables_of_another_version_is_refused(engine: AsyncEngine) -> None:
+    await execute(engine, update(SCHEMA).values(version=999))
+
+    with pytest.raises(SetupError, match="are of version 999, and this eventbus needs"):
+        async with Relay(engine, url=new_broker()):
+            raise AssertionError
+
+
+async def test_where_transactions_are_serializable_relays_publish_each_row_once(postgresql: AsyncEngine) -> None:
+    url, count = new_broker(), 2000
+    database = postgresql.url.database
+    await execute(postgresql, text(f"ALTER DATABASE {database} SET default_transaction_isolation = 'serializable'"))
+    one, other = (open_engine(url_of(postgresql)) for _ in range(2))  # with connections that know it
+    await place_many(one, count, keys=40)
+
+    async with arriving(url) as arrived, Relay(one, url=url), Relay(other, url=url):
+        await relayed(postgresql)
+        await until(lambda: len(arrived.envelopes) >= count)
+    for engine in (one, other):
+        await engine.dispose()
+
+    assert sorted(arrived.orders) == list(range(count))
+    assert all(orders == sorted(orders) for orders in arrived.by_key().values())
 
 
 async def test_what_cannot_be_a_relay_is_refused() -> None:

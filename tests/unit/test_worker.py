@@ -135,6 +135,22 @@ async def test_a_start_that_fails_at_the_broker_leaves_the_lifespans(
     assert said == ["enter a", "leave a"]
 
 
+async def test_a_start_whose_time_is_over_leaves_the_lifespans(
+    said: list[str], transport: FaultyTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(self: object) -> None:
+        said.append("asked")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("tests.rig.FaultyConsumer.start", hang)
+    monkeypatch.setattr("eventbus.worker.CONNECT_TIMEOUT_S", 0.5)
+
+    with pytest.raises(TransportError, match=r"the broker answered, but nothing was consumed within 0\.5 s"):
+        await Worker(service("a", lifespan(said)), url=URL).__aenter__()
+
+    assert said == ["enter a", "asked", "leave a"]
+
+
 async def test_lifespans_are_left_when_the_block_raises(said: list[str]) -> None:
     with pytest.raises(ZeroDivisionError):
         async with Worker(service("a", lifespan(said)), url=URL):
@@ -187,17 +203,20 @@ async def test_a_background_task_of_a_lifespan_that_fails_ends_the_worker(said: 
 async def test_entering_can_be_given_up(said: list[str]) -> None:
     @asynccontextmanager
     async def slow(service: Service[Any]) -> AsyncIterator[str]:
+        said.append("entered")
         try:
             await asyncio.Event().wait()
             yield ""
         finally:
             said.append("cancelled")
 
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.01):
-            await Worker(service("a", slow), url=URL).__aenter__()
+    entering = asyncio.create_task(Worker(service("a", slow), url=URL).__aenter__())
+    await until(lambda: said == ["entered"])
+    entering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await entering
 
-    assert said == ["cancelled"]
+    assert said == ["entered", "cancelled"]
 
 
 # ── stopping ────────────────────────────────────────────────────────────────────────────────────────────────────────

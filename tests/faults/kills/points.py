@@ -190,7 +190,7 @@ def _before_confirm(reach: Reach) -> None:
             reach()
         return await publishing
 
-    LanePublishing.publish = wrapped  # type: ignore[method-assign]
+    LanePublishing.publish = wrapped  # type: ignore[assignment, method-assign]
 
 
 def _after_confirm(reach: Reach) -> None:
