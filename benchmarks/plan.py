@@ -20,7 +20,7 @@ MODULES = {
 # Where a program's defaults are weaker than what is compared, or it cannot do what the others do.
 NOTES = {
     OURS: "defaults, with idempotency in memory where nothing else is said; prefetch and concurrency raised from 100 "
-    "to 300; the worker's garbage collector as `eventbus run` has it",
+    "to 300",
     FASTSTREAM: "strengthened: quorum queue (default classic), persistent (default not), prefetch (default unlimited)",
     AIO_PIKA: "strengthened: quorum queue (default classic), persistent (default not), prefetch (default unlimited)",
     TASKIQ: "defaults are as durable; prefetch raised from 10, tasks at a time from 100 to 300",

@@ -8,7 +8,6 @@ of a stop: take nothing more, settle what was taken, hand back the rest, leave l
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+from eventbus import garbage
 from eventbus.bus import Sender, open_or_close
 from eventbus.clock import Clock, SystemClock
 from eventbus.consumer import Environment, ServiceConsumer, backoffs
@@ -44,7 +44,6 @@ log = logging.getLogger("eventbus.worker")
 
 DEFAULT_GRACE = timedelta(seconds=30)
 LAST_WAIT_S = 2.0  # for what is left of a program after its worker has ended
-YOUNG_OBJECTS = 20_000  # about what 300 events hold
 CALM_S = 60.0  # trouble that comes back within this is the same trouble
 
 # Asks somebody else whether all is well: None if so, else what is wrong. It may take its time.
@@ -326,6 +325,7 @@ class Worker:
             connected.push_async_callback(transport.close)
 
         async with AsyncExitStack() as connected:
+            connected.enter_context(garbage.rarely())
             # Side by side: each may take most of the time there is. The store, which takes less, is opened to its end
             # even where the broker refuses: SQLite's driver, cancelled half-way, leaves a thread behind.
             broker = loop.create_task(open_broker())
@@ -442,17 +442,6 @@ class Worker:
         return lines
 
 
-def spare_garbage_collector() -> None:
-    """Have Python look for garbage less often, and not in what was loaded, which lives as long as the process.
-
-    Behind a shared store hundreds of events are on their way at once. Python looks through the youngest objects for
-    each 700 new ones, and through all of them now and then: that took a third of the time of handling an event.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
-
-
 def problems_of(worker: Worker) -> list[str]:
     """What keeps *worker* from its work as far as it knows, a line each; none if it is ready. Never waits."""
     engine, running = worker._engine, worker._running
@@ -500,7 +489,7 @@ async def serve(worker: Worker, announce: Callable[[str], None]) -> None:
         loop.add_signal_handler(number, on_signal)
     try:
         async with worker:
-            spare_garbage_collector()  # the process is ours here
+            garbage.never_in_what_was_loaded()
             for line in [] if signals else [*worker._describe(), "ready"]:
                 announce(line)
             await worker.wait()

@@ -14,7 +14,6 @@ from benchmarks.programs.job import HELD_UP_S, PREFETCH, WINDOW, Job, Meter
 from benchmarks.programs.looping import in_window, main, until_done
 from eventbus import Bus, Envelope, Event, IdempotencyStore, Service, Worker
 from eventbus.idempotency.base import Claim, Mine
-from eventbus.worker import spare_garbage_collector
 
 SLOW_S = 2.0
 
@@ -116,7 +115,6 @@ class EventBus:
         if job.tracing:
             install_tracing()
         async with worker_of(job, meter):
-            spare_garbage_collector()  # as `run` and `eventbus run` do
             yield
 
 

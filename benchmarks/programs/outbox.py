@@ -21,7 +21,6 @@ from eventbus.database import LEASES, OUTBOX, open_engine
 from eventbus.outbox import Outbox, Relay
 from eventbus.outbox.base import BUCKETS, values_of
 from eventbus.outbox.sql import LEASE_PREFIX
-from eventbus.worker import spare_garbage_collector
 
 SOURCE = "/bench"
 # What an API would write besides the event.
@@ -94,7 +93,6 @@ async def relay(job: Job) -> None:
     meter = Meter(job)
     engine = open_engine(job.database)
     async with Relay(engine, url=job.url):
-        spare_garbage_collector()  # as `eventbus relay` does
         await asyncio.to_thread(jobs.wait_for_go)
     await engine.dispose()
     jobs.report(meter)

@@ -51,10 +51,9 @@ async def _serve(place: Place, database: str, keep: timedelta, address: tuple[st
     import signal
     from contextlib import AsyncExitStack
 
-    from eventbus import health
+    from eventbus import garbage, health
     from eventbus.database import open_engine, shown
     from eventbus.outbox import Relay
-    from eventbus.worker import spare_garbage_collector
 
     engine = open_engine(database)
     relay = Relay(engine, url=place.url, namespace=place.names.namespace, keep=keep)
@@ -80,7 +79,7 @@ async def _serve(place: Place, database: str, keep: timedelta, address: tuple[st
                 told = health.told(relay.problems, relay.probes, watchdog, *address)
                 output.say(f"health   {await around.enter_async_context(told)}/live and /ready")
             await around.enter_async_context(relay)
-            spare_garbage_collector()  # two thousand rows are on their way at once
+            garbage.never_in_what_was_loaded()
             output.say(f"outbox   {shown(engine)}, published rows are kept for {keep}")
             output.say(f"broker   {relay.broker}, namespace {place.names.namespace}")
             output.say("ready")

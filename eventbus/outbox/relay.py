@@ -19,7 +19,7 @@ from uuid import uuid4
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from eventbus import database
+from eventbus import database, garbage
 from eventbus.bus import Sender, open_or_close
 from eventbus.errors import EnvelopeError, SetupError
 from eventbus.outbox.base import BUCKETS, Lag, Row, delay_left, envelope_of, trace_of
@@ -167,16 +167,8 @@ class Relay:
 
     async def _run(self) -> None:
         try:
-            async with asyncio.TaskGroup() as tasks:
-                loops = (self._keep_leases, self._keep_marking, self._measure, self._sweep, self._listen)
-                others = [tasks.create_task(loop()) for loop in loops]
-                feeding = tasks.create_task(self._feed())
-                await self._asked_to_stop.wait()
-                await _end(feeding)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(GRACE_S):
-                        await self._flow.is_empty.wait()
-                await _end(*others)
+            with garbage.rarely():
+                await self._relay()
         except Exception:
             log.exception("the relay ends: a bug of its own")  # whoever waits for it learns it, too, but later
             raise
@@ -185,6 +177,18 @@ class Relay:
             with suppress(_Away):
                 await self._ask(self._leases.end())
             await self._sender.transport.close()
+
+    async def _relay(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            loops = (self._keep_leases, self._keep_marking, self._measure, self._sweep, self._listen)
+            others = [tasks.create_task(loop()) for loop in loops]
+            feeding = tasks.create_task(self._feed())
+            await self._asked_to_stop.wait()
+            await _end(feeding)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_S):
+                    await self._flow.is_empty.wait()
+            await _end(*others)
 
     async def _feed(self) -> None:
         """Read rows whenever there may be some, and room for them."""
