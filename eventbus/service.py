@@ -175,7 +175,8 @@ class Service(Generic[S]):
     """A set of handlers that share a queue.
 
     *lifespan* is a function of the service that returns an async context manager; it is entered before the first
-    delivery, and what it yields is `context.state`. *prefetch* bounds what the broker hands out unsettled, per queue;
+    delivery, and what it yields is `context.state`. *prefetch* bounds what the broker hands out unsettled, per queue
+    (behind a slow handler a quarter more, and twice as much for a moment);
     *concurrency* how many handlers run at a time. *retry* and *timeout* (25 minutes at most) hold for every handler
     that does not say otherwise. Events that handlers publish come from *source*, `/services/<name>` by default.
 

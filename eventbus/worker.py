@@ -121,13 +121,7 @@ class Engine:
 
     async def _consume(self, within_s: float) -> None:
         self._consumer = self._sender.transport.consumer(list(self._sources()), self._topology, self._declare)
-        try:
-            async with asyncio.timeout(within_s):
-                await self._consumer.start()
-        except TimeoutError as error:
-            raise TransportError(
-                f"the broker answered, but nothing was consumed within {CONNECT_TIMEOUT_S:g} s of the start"
-            ) from error
+        await self._consumer.start(within_s)
 
     def _sources(self) -> Iterator[Source]:
         by_name = {consumer.service.name: consumer for consumer in self.consumers}
@@ -332,6 +326,11 @@ class Worker:
             try:
                 await self._open_store(store, connected)
                 await broker
+            except StoreError as error:
+                refused = broker.exception() if broker.done() and not broker.cancelled() else None
+                if isinstance(refused, SetupError):
+                    raise refused from error  # that one never goes away by itself
+                raise
             finally:
                 broker.cancel()
                 await asyncio.gather(broker, return_exceptions=True)

@@ -17,7 +17,7 @@ from eventbus.idempotency.base import Claim
 from eventbus.message import Message
 from eventbus.testing import Harness
 from eventbus.topology import Topology
-from eventbus.transport.base import Broker, Consumer, Declare, Publication, Source, Transport
+from eventbus.transport.base import CONNECT_TIMEOUT_S, Broker, Consumer, Declare, Publication, Source, Transport
 from eventbus.worker import Engine
 
 DEADLINE_S = 30.0  # generous: other tests run at the same time
@@ -54,8 +54,8 @@ class FaultyConsumer:
     def fail(self, error: Exception) -> None:
         self._fatal.set_exception(error)
 
-    async def start(self) -> None:
-        await self.inner.start()
+    async def start(self, within_s: float = CONNECT_TIMEOUT_S) -> None:
+        await self.inner.start(within_s)
 
     async def stop(self) -> None:
         await self.inner.stop()

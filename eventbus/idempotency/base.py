@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import blake2b
 from typing import Final, Protocol, TypeVar
 
 from eventbus.errors import StoreError
@@ -91,3 +92,10 @@ class OnlyStoreErrors:
         except Exception as error:
             # Its kind only: a driver's text may quote the key, which may be made of an event's data.
             raise StoreError(f"{type(self._store).__name__} raised {type(error).__name__}") from error
+
+
+def digest(key: str) -> str:
+    """What a database keeps of a key: 32 hexadecimal digits, however long it is and whatever of an event's data is in
+    it.
+    """
+    return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

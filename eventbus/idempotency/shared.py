@@ -14,8 +14,6 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from datetime import timedelta
-from functools import lru_cache
-from hashlib import blake2b
 from types import TracebackType
 from typing import (
     Any,
@@ -27,7 +25,7 @@ from typing import (
 
 from eventbus.errors import StoreError
 from eventbus.idempotency import base
-from eventbus.idempotency.base import Claim, Mine, Theirs
+from eventbus.idempotency.base import Claim, Mine, Theirs, digest
 
 log = logging.getLogger("eventbus.idempotency")
 
@@ -38,8 +36,6 @@ OPEN_TIMEOUT_S = 10.0
 CLEAN_EVERY_S = 30.0
 CLEAN_AT_ONCE = 1_000
 CLEAN_PAUSE_S = 0.05  # between two batches, so that claims come in between
-# A key is digested when it is claimed, and found again when it is completed.
-MOST_AT_WORK = 4096
 # More claims than that without an answer, and the rest ends with its lease.
 MOST_IN_DOUBT = 10_000
 
@@ -279,9 +275,3 @@ class SharedStore:
                     await asyncio.sleep(CLEAN_PAUSE_S)
             except StoreError as error:
                 log.warning("expired keys could not be removed, the next try is in %g s: %s", CLEAN_EVERY_S, error)
-
-
-@lru_cache(MOST_AT_WORK)
-def digest(key: str) -> str:
-    """What is kept of a key: 32 hexadecimal digits, however long it is, and whatever of an event's data is in it."""
-    return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from hashlib import blake2b
 from weakref import WeakSet
 
 from sqlalchemy import Engine
@@ -21,6 +20,7 @@ from eventbus.context import AlreadyDone, Unit
 from eventbus.database import INBOX, check_version, error_of
 from eventbus.envelope import Envelope
 from eventbus.errors import SetupError
+from eventbus.idempotency.base import digest
 from eventbus.outbox.sql import write
 
 # As long as the idempotency store remembers; a relay forgets them in the background.
@@ -72,11 +72,6 @@ async def _note(connection: AsyncConnection, key: str) -> bool:
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     done = await connection.execute(insert(INBOX).values(key=digest(key)).on_conflict_do_nothing())
     return done.rowcount == 1
-
-
-def digest(key: str) -> str:
-    """What stands in the inbox for *key*, which may be long and made of an event's data."""
-    return blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _engine_of(state: object) -> AsyncEngine:

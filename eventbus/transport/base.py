@@ -89,7 +89,9 @@ class Delivery(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A queue to consume: at most *prefetch* deliveries are unsettled at a time."""
+    """A queue to consume: at most *prefetch* deliveries are unsettled at a time, and some more behind slow handlers:
+    RabbitMQ's a quarter, and twice as many for a moment.
+    """
 
     queue: str
     prefetch: int
@@ -99,11 +101,11 @@ class Source:
 class Consumer(Protocol):
     """Consumes a set of queues, over as many sessions as it takes."""
 
-    async def start(self) -> None:
+    async def start(self, within_s: float = CONNECT_TIMEOUT_S) -> None:
         """Return once every queue is consumed.
 
         Raises:
-            SetupError, TransportError: within `CONNECT_TIMEOUT_S`; nothing is consumed.
+            SetupError, TransportError: within *within_s*; nothing is consumed.
         """
 
     async def stop(self) -> None:

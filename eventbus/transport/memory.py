@@ -31,7 +31,16 @@ from eventbus.clock import Clock
 from eventbus.errors import SetupError, TransportError, hide_password
 from eventbus.message import KEPT_PROPERTIES, Headers, Message
 from eventbus.topology import Topology
-from eventbus.transport.base import Broker, Declare, Delivery, NotPublished, Publication, Source, Unpublishable
+from eventbus.transport.base import (
+    CONNECT_TIMEOUT_S,
+    Broker,
+    Declare,
+    Delivery,
+    NotPublished,
+    Publication,
+    Source,
+    Unpublishable,
+)
 from eventbus.transport.memory_broker import DEFAULT_MAX_MESSAGES, MemoryBroker
 from eventbus.transport.memory_queue import QueueConsumer
 
@@ -279,7 +288,7 @@ class MemoryConsumer:
         self._session: list[QueueConsumer] = []
         self._has_stopped = asyncio.Event()
 
-    async def start(self) -> None:
+    async def start(self, within_s: float = CONNECT_TIMEOUT_S) -> None:
         broker = self._find()
         broker.hold(self)
         self._broker = broker

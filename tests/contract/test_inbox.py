@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from eventbus import Context, Event, Reject, Retry, RetryLater, Service
 from eventbus.database import INBOX, SCHEMA, create, open_engine
-from eventbus.outbox.inbox import digest
+from eventbus.idempotency.base import digest
 from eventbus.testing import context
 from tests.outboxes import Placed, rows_of
 from tests.rig import FlakyStore, Rig, until

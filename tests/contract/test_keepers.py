@@ -16,8 +16,7 @@ from sqlalchemy import func, select
 from eventbus.database import KEYS, open_engine
 from eventbus.errors import SetupError, StoreError
 from eventbus.idempotency import Keeper, SharedStore, keeper_of, shared_store
-from eventbus.idempotency.base import KEEP_DONE, LEASE, Claim, Done, Mine, Theirs
-from eventbus.idempotency.shared import digest
+from eventbus.idempotency.base import KEEP_DONE, LEASE, Claim, Done, Mine, Theirs, digest
 from tests.stores import StoreServer, let_pass, make_tables
 
 SECOND = timedelta(seconds=1)

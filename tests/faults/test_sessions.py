@@ -404,6 +404,18 @@ async def test_a_missing_permission_to_read_is_told(every_line: BrokerServer) ->
             await RabbitMQ(poor).consumer([Source("work", 1, Taken())], Topology(()), "never").start()
 
 
+async def test_a_consumer_that_may_not_connect_says_where_and_why(
+    every_line: BrokerServer,
+) -> None:
+    url = every_line.new_vhost()
+    limit = f"/vhost-limits/{vhost_of(url)}/max-connections"
+    async with opened(url, small()) as transport:
+        await asyncio.to_thread(every_line.api, "PUT", limit, {"value": 1})
+
+        with pytest.raises(TransportError, match=rf"at amqp://.*{vhost_of(url)} within 2 s .*limit"):
+            await transport.consumer([Source("work", 1, Taken())], Topology(()), "never").start(2.0)
+
+
 async def test_whoever_may_not_configure_runs_once_the_shared_part_exists(every_line: BrokerServer) -> None:
     url, names = every_line.new_vhost(), Names()
     taken = Taken()

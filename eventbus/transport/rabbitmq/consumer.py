@@ -19,7 +19,7 @@ from typing import Final
 import aiormq
 
 from eventbus.errors import SetupError, TransportError
-from eventbus.transport.base import STEADY_S, Source
+from eventbus.transport.base import CONNECT_TIMEOUT_S, STEADY_S, Source
 from eventbus.transport.rabbitmq.acks import AckBatch
 from eventbus.transport.rabbitmq.channels import Incoming
 from eventbus.transport.rabbitmq.delivery import RabbitDelivery
@@ -178,11 +178,12 @@ class _Feed:
             self._has_stopped.set()
         elif self._is_turning and self._unsettled == 0:
             await self._go_on()
-        elif not self._is_turning and stretch.batch.behind >= BEHIND and self._may_leave_one_more():
+        elif not self._is_turning and stretch.batch.behind >= BEHIND and self._may_leave(stretch):
             await self._move_on(stretch)
         for left in list(self._left):
+            is_over = not left.unsettled  # asked before: what is settled while this batch is sent is in the next one
             await left.channel.settle(left.batch.take())
-            if not left.unsettled:
+            if is_over:
                 self._left.remove(left)
                 await left.channel.close()
 
@@ -195,9 +196,10 @@ class _Feed:
             self._is_wide, self._is_turning = not self._is_wide, False
             await self.begin()
 
-    def _may_leave_one_more(self) -> bool:
-        # The prefetch bounds what one channel brings: with what was left it must not come to much more.
-        return len(self._left) < MOST_LEFT and sum(left.unsettled for left in self._left) * 4 < self._source.prefetch
+    def _may_leave(self, stretch: _Stretch) -> bool:
+        # The prefetch bounds what one channel brings: with those that were left it must not come to much more.
+        unsettled = stretch.unsettled + sum(left.unsettled for left in self._left)
+        return len(self._left) < MOST_LEFT and unsettled * 4 < self._source.prefetch
 
     async def _move_on(self, stretch: _Stretch) -> None:
         """Leave *stretch* to its slow handler; what it brought is settled there."""
@@ -257,8 +259,8 @@ class RabbitConsumer:
         self._backoff = Backoff()
         self._trouble: str | None = None  # what ended the last session, or kept the next one from beginning
 
-    async def start(self) -> None:
-        self._consuming = await first(self._consume, self._address, self._backoff)
+    async def start(self, within_s: float = CONNECT_TIMEOUT_S) -> None:
+        self._consuming = await first(self._consume, self._address, self._backoff, within_s)
         self._task = asyncio.create_task(self._keep(), name="eventbus consuming")
 
     async def stop(self) -> None:

@@ -354,8 +354,13 @@ class Backoff:
             self._step_s = FIRST_BACKOFF_S
 
 
-async def first(build: Callable[[], Awaitable[T]], address: Address, backoff: Backoff | None = None) -> T:
-    """What *build* makes; a broker that is not there yet is waited for, for `CONNECT_TIMEOUT_S` in all.
+async def first(
+    build: Callable[[], Awaitable[T]],
+    address: Address,
+    backoff: Backoff | None = None,
+    within_s: float = CONNECT_TIMEOUT_S,
+) -> T:
+    """What *build* makes; a broker that is not there yet is waited for, for *within_s* in all.
 
     Raises:
         SetupError, TransportError: what *build* raised, or that nobody answered.
@@ -363,7 +368,7 @@ async def first(build: Callable[[], Awaitable[T]], address: Address, backoff: Ba
     why = "no answer"
     backoff = backoff or Backoff()
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             while True:
                 try:
                     return await backoff.tried(build)
@@ -372,8 +377,7 @@ async def first(build: Callable[[], Awaitable[T]], address: Address, backoff: Ba
                 await asyncio.sleep(backoff.next_s())
     except TimeoutError:
         raise TransportError(
-            f"no RabbitMQ answered at {address} within {CONNECT_TIMEOUT_S:.0f} s ({why}): is it running, and is the "
-            "URL right?"
+            f"no RabbitMQ answered at {address} within {within_s:.0f} s ({why}): is it running, and is the URL right?"
         ) from None
 
 

@@ -14,7 +14,7 @@ from eventbus.consumer import ServiceConsumer
 from eventbus.context import Unit
 from eventbus.database import INBOX
 from eventbus.envelope import Envelope
-from eventbus.idempotency.base import KEEP_DONE, Claim, Mine
+from eventbus.idempotency.base import KEEP_DONE, Claim, Mine, digest
 from eventbus.idempotency.shared import SharedStore
 from eventbus.outbox import inbox
 from eventbus.outbox.base import Row
@@ -70,13 +70,13 @@ def inbox_last() -> None:
     open_unit = inbox.open_unit
 
     async def known(connection: AsyncConnection, key: str) -> bool:
-        return await connection.scalar(select(INBOX.c.key).where(INBOX.c.key == inbox.digest(key))) is None
+        return await connection.scalar(select(INBOX.c.key).where(INBOX.c.key == digest(key))) is None
 
     @asynccontextmanager
     async def opened(state: object, key: str, **options: Any) -> AsyncIterator[Unit]:
         async def write_inbox(engine: AsyncEngine) -> None:
             async with engine.begin() as connection:
-                await connection.execute(insert(INBOX).values(key=inbox.digest(key)))
+                await connection.execute(insert(INBOX).values(key=digest(key)))
 
         async with open_unit(state, key, check=options["check"], committed=write_inbox) as unit:
             yield unit

@@ -11,8 +11,8 @@ import pytest
 
 from eventbus.errors import SetupError, StoreError
 from eventbus.idempotency import MemoryStore, SharedStore
-from eventbus.idempotency.base import KEEP_DONE, LEASE, Claim, Done, Mine, Theirs
-from eventbus.idempotency.shared import Change, Wish, digest
+from eventbus.idempotency.base import KEEP_DONE, LEASE, Claim, Done, Mine, Theirs, digest
+from eventbus.idempotency.shared import Change, Wish
 from tests.rig import until
 
 
