@@ -412,7 +412,7 @@ async def test_a_consumer_that_may_not_connect_says_where_and_why(
     async with opened(url, small()) as transport:
         await asyncio.to_thread(every_line.api, "PUT", limit, {"value": 1})
 
-        with pytest.raises(TransportError, match=rf"at amqp://.*{vhost_of(url)} within 2 s .*limit"):
+        with pytest.raises(TransportError, match=r"at \S+:\d+ within 2 s .*connection limit"):
             await transport.consumer([Source("work", 1, Taken())], Topology(()), "never").start(2.0)
 
 

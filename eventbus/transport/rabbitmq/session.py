@@ -358,15 +358,16 @@ async def first(
     build: Callable[[], Awaitable[T]],
     address: Address,
     backoff: Backoff | None = None,
-    within_s: float = CONNECT_TIMEOUT_S,
+    within_s: float | None = None,
 ) -> T:
-    """What *build* makes; a broker that is not there yet is waited for, for *within_s* in all.
+    """What *build* makes; a broker that is not there yet is waited for, for *within_s* or `CONNECT_TIMEOUT_S` in all.
 
     Raises:
         SetupError, TransportError: what *build* raised, or that nobody answered.
     """
     why = "no answer"
     backoff = backoff or Backoff()
+    within_s = CONNECT_TIMEOUT_S if within_s is None else within_s
     try:
         async with asyncio.timeout(within_s):
             while True:

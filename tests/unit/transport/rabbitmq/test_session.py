@@ -132,8 +132,9 @@ async def test_a_try_that_hangs_is_ended_soon_where_others_were_quick_and_gets_m
         with pytest.raises(TimeoutError):
             await backoff.tried(hangs)
 
-    assert all(0.02 <= each < CONNECT_TIMEOUT_S for each in given_s)
-    assert given_s[-1] >= 0.04
+    # The event loop's timers may ring a clock tick early.
+    assert all(0.019 <= each < CONNECT_TIMEOUT_S for each in given_s)
+    assert given_s[-1] >= 0.039
     assert await rebuild(Builds("a session"), give_up, backoff) == "a session"
 
 
