@@ -17,10 +17,12 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import StringConstraints
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from eventbus import EventBusError, Worker
+from eventbus.database import state_of
 from services.database import Database
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,14 @@ Email = Annotated[
         pattern=r"^[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*$",
     ),
 ]
+
+# What people write on one line. A control character belongs in none, and PostgreSQL's text takes no U+0000: a request
+# that was let in with one would be accepted here, and fail for ever where it is first kept.
+Text = Annotated[str, StringConstraints(pattern=r"^\P{Cc}*$")]
+
+# PostgreSQL's codes of what passes: a lost connection, a deadlock, no room, a lock, an operator at work, a broken disk.
+# Other drivers call these an OperationalError; asyncpg's are all plain DBAPIErrors.
+_PASSING_STATES = ("08", "40", "53", "55", "57", "58")
 
 
 class _Server(uvicorn.Server):
@@ -78,6 +88,16 @@ async def _transaction(request: Request) -> AsyncIterator[AsyncSession]:
 Transaction = Annotated[AsyncSession, Depends(_transaction, scope="function")]
 
 
+def is_passing(error: Exception) -> bool:
+    """Whether *error* is the database's trouble of the moment, and not what the request made of it."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    if isinstance(error, InterfaceError) and error.orig is not None:
+        # asyncpg's own DataError, of a value that it cannot send, is an InterfaceError and a ValueError.
+        return not isinstance(error.orig.__cause__, ValueError)
+    return isinstance(error, OSError | OperationalError | PoolTimeout) or state_of(error).startswith(_PASSING_STATES)
+
+
 def put_on(app: FastAPI, database: Database) -> None:
     """Give *app* its database, for `Transaction`, and answer for it while it is away, and when asked how it is.
 
@@ -89,6 +109,8 @@ def put_on(app: FastAPI, database: Database) -> None:
     @app.exception_handler(SQLAlchemyError)
     @app.exception_handler(OSError)
     async def unavailable(_: Request, error: Exception) -> JSONResponse:
+        if not is_passing(error):
+            raise error  # 500: sent again it would fail again
         # Nothing was promised: whether it was committed, the client's retry finds out.
         log.warning("not committed: %s", type(error).__name__)
         return JSONResponse(

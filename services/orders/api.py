@@ -16,14 +16,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from eventbus.outbox import Outbox
 from schemas import Money, OrderLine, OrderPlaced
 from services.database import Database, alone
-from services.http import Email, Transaction, put_on
+from services.http import Email, Text, Transaction, put_on
 from services.orders.store import Order, Status
 
 
 class NewLine(BaseModel):
     """So many of one article, at the price that the customer saw."""
 
-    sku: str = Field(min_length=1, max_length=64)
+    sku: Text = Field(min_length=1, max_length=64)
     quantity: int = Field(ge=1, le=1000)
     unit_price: Decimal = Field(ge=0, max_digits=8, decimal_places=2)
 
@@ -35,7 +35,7 @@ class NewOrder(BaseModel):
 
     order_id: UUID
     email: Email
-    address: str = Field(min_length=1, max_length=500)
+    address: Text = Field(min_length=1, max_length=500)
     lines: list[NewLine] = Field(min_length=1, max_length=100)
     currency: str = Field(default="EUR", pattern="^[A-Z]{3}$")
 
