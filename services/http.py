@@ -4,6 +4,7 @@ The process has one owner of its signals, `run`; a server never takes them, so t
 """
 
 import asyncio
+import json
 import logging
 import signal
 import socket
@@ -13,7 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import StringConstraints
 from sqlalchemy import text
@@ -118,6 +120,12 @@ def put_on(app: FastAPI, database: Database) -> None:
             status_code=503,
             headers={"Retry-After": "5"},
         )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # FastAPI's own answer quotes what was sent, which UTF-8 and JSON may not take (half a surrogate pair, NaN).
+        told = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
+        return Response(json.dumps({"detail": told}), status_code=422, media_type="application/json")
 
     @app.get("/health")
     async def health() -> dict[str, str]:

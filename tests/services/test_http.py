@@ -8,15 +8,24 @@ from collections.abc import Callable
 import httpx
 import pytest
 from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy import bindparam, text
 from sqlalchemy.dialects.postgresql import BIGINT
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from eventbus.database import open_engine
 from services.database import Database
-from services.http import Transaction, put_on
+from services.http import Text, Transaction, put_on
 from tests.services.waiting import eventually
 from tests.stores import StoreServer
+
+
+class Named(BaseModel):
+    """What a client sends."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Text
 
 
 def door(engine: AsyncEngine, statement: str, **values: object) -> httpx.AsyncClient:
@@ -87,3 +96,28 @@ async def test_a_database_that_is_away_or_comes_back_is_no_error_of_ours(
     await engine.dispose()
 
     assert seen == {200, 503}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"name": "\\ud800"}', id="half a surrogate pair"),
+        pytest.param(b'{"\\udfff": "Ada"}', id="half a surrogate pair in a key"),
+        pytest.param(b'{"name": NaN}', id="not a number"),
+        pytest.param(b'{"name": -1e999}', id="infinity"),
+    ],
+)
+async def test_what_json_lets_through_and_no_answer_can_quote_is_refused_as_other_bad_input(body: bytes) -> None:
+    app, engine = FastAPI(), open_engine("sqlite:///nothing.db")
+    put_on(app, Database(engine))
+
+    @app.post("/")
+    async def act(named: Named) -> None:
+        raise AssertionError(named)
+
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as http:
+        answer = await http.post("/", content=body, headers={"Content-Type": "application/json"})
+
+    assert answer.status_code == 422
+    assert answer.json()["detail"][0]["loc"][0] == "body"
