@@ -25,6 +25,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from eventbus import EventBusError, Worker
 from eventbus.database import state_of
+from eventbus.health import Readiness
+from eventbus.worker import probes_of, problems_of
 from services.database import Database
 
 log = logging.getLogger(__name__)
@@ -100,11 +102,20 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, OSError | OperationalError | PoolTimeout) or state_of(error).startswith(_PASSING_STATES)
 
 
-def put_on(app: FastAPI, database: Database) -> None:
+@asynccontextmanager
+async def watched(worker: Worker) -> AsyncIterator[Readiness]:
+    """What keeps *worker* from its work, as it was seen within the last second, for `put_on`."""
+    readiness = Readiness(lambda: problems_of(worker), lambda: probes_of(worker))
+    async with readiness.looking():
+        yield readiness
+
+
+def put_on(app: FastAPI, database: Database, worker: Readiness | None = None) -> None:
     """Give *app* its database, for `Transaction`, and answer for it while it is away, and when asked how it is.
 
-    GET /health: 200 while the database answers. GET /ready: 200 while what is committed also leaves. The broker may be
-    away for both: its part is done later, and nobody waits for it.
+    GET /health: 200 while the database answers. GET /ready: 200 while what is committed also leaves and the *worker*
+    beside the door, if there is one, works. The broker may be away for /health and for every POST, whose part it does
+    later; /ready tells of it.
     """
     app.state.database = database
 
@@ -135,7 +146,9 @@ def put_on(app: FastAPI, database: Database) -> None:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        problems = [] if database.relay is None else database.relay.problems()
+        # A worker tells of its relay by itself.
+        relay = [] if database.relay is None else database.relay.problems()
+        problems = relay if worker is None else [*worker.problems()]
         told = {"status": "not ready" if problems else "ready", "problems": problems}
         return JSONResponse(told, status_code=503 if problems else 200)
 

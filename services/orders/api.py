@@ -13,6 +13,7 @@ from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from eventbus.health import Readiness
 from eventbus.outbox import Outbox
 from schemas import Money, OrderLine, OrderPlaced
 from services.database import Database, alone
@@ -66,10 +67,10 @@ class OrderView(BaseModel):
     lines: tuple[OrderLine, ...]
 
 
-def create_app(database: Database) -> FastAPI:
-    """The app, on a database that somebody else opens and closes."""
+def create_app(database: Database, worker: Readiness | None = None) -> FastAPI:
+    """The app, on a database that somebody else opens and closes; `/ready` tells of the *worker* beside it, too."""
     app = FastAPI(title="orders")
-    put_on(app, database)
+    put_on(app, database, worker)
     outbox = Outbox(source="/services/orders")
 
     @app.post("/orders", status_code=202)
