@@ -4,6 +4,7 @@ The process has one owner of its signals, `run`; a server never takes them, so t
 """
 
 import asyncio
+import json
 import logging
 import signal
 import socket
@@ -13,14 +14,19 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated
 
 import uvicorn
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import StringConstraints
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from eventbus import EventBusError, Worker
+from eventbus.database import state_of
+from eventbus.health import Readiness
+from eventbus.worker import probes_of, problems_of
 from services.database import Database
 
 log = logging.getLogger(__name__)
@@ -34,6 +40,14 @@ Email = Annotated[
         pattern=r"^[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*$",
     ),
 ]
+
+# What people write on one line. A control character belongs in none, and PostgreSQL's text takes no U+0000: a request
+# that was let in with one would be accepted here, and fail for ever where it is first kept.
+Text = Annotated[str, StringConstraints(pattern=r"^\P{Cc}*$")]
+
+# PostgreSQL's codes of what passes: a lost connection, a deadlock, no room, a lock, an operator at work, a broken disk.
+# Other drivers call these an OperationalError; asyncpg's are all plain DBAPIErrors.
+_PASSING_STATES = ("08", "40", "53", "55", "57", "58")
 
 
 class _Server(uvicorn.Server):
@@ -78,17 +92,38 @@ async def _transaction(request: Request) -> AsyncIterator[AsyncSession]:
 Transaction = Annotated[AsyncSession, Depends(_transaction, scope="function")]
 
 
-def put_on(app: FastAPI, database: Database) -> None:
+def is_passing(error: Exception) -> bool:
+    """Whether *error* is the database's trouble of the moment, and not what the request made of it."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    if isinstance(error, InterfaceError) and error.orig is not None:
+        # asyncpg's own DataError, of a value that it cannot send, is an InterfaceError and a ValueError.
+        return not isinstance(error.orig.__cause__, ValueError)
+    return isinstance(error, OSError | OperationalError | PoolTimeout) or state_of(error).startswith(_PASSING_STATES)
+
+
+@asynccontextmanager
+async def watched(worker: Worker) -> AsyncIterator[Readiness]:
+    """What keeps *worker* from its work, as it was seen within the last second, for `put_on`."""
+    readiness = Readiness(lambda: problems_of(worker), lambda: probes_of(worker))
+    async with readiness.looking():
+        yield readiness
+
+
+def put_on(app: FastAPI, database: Database, worker: Readiness | None = None) -> None:
     """Give *app* its database, for `Transaction`, and answer for it while it is away, and when asked how it is.
 
-    GET /health: 200 while the database answers. GET /ready: 200 while what is committed also leaves. The broker may be
-    away for both: its part is done later, and nobody waits for it.
+    GET /health: 200 while the database answers. GET /ready: 200 while what is committed also leaves and the *worker*
+    beside the door, if there is one, works. The broker may be away for /health and for every POST, whose part it does
+    later; /ready tells of it.
     """
     app.state.database = database
 
     @app.exception_handler(SQLAlchemyError)
     @app.exception_handler(OSError)
     async def unavailable(_: Request, error: Exception) -> JSONResponse:
+        if not is_passing(error):
+            raise error  # 500: sent again it would fail again
         # Nothing was promised: whether it was committed, the client's retry finds out.
         log.warning("not committed: %s", type(error).__name__)
         return JSONResponse(
@@ -96,6 +131,12 @@ def put_on(app: FastAPI, database: Database) -> None:
             status_code=503,
             headers={"Retry-After": "5"},
         )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # FastAPI's own answer quotes what was sent, which UTF-8 and JSON may not take (half a surrogate pair, NaN).
+        told = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
+        return Response(json.dumps({"detail": told}), status_code=422, media_type="application/json")
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -105,7 +146,9 @@ def put_on(app: FastAPI, database: Database) -> None:
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        problems = [] if database.relay is None else database.relay.problems()
+        # A worker tells of its relay by itself.
+        relay = [] if database.relay is None else database.relay.problems()
+        problems = relay if worker is None else [*worker.problems()]
         told = {"status": "not ready" if problems else "ready", "problems": problems}
         return JSONResponse(told, status_code=503 if problems else 200)
 

@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from eventbus import SetupError
+
 
 class Settings(BaseSettings):
     """One class for all services, so that one environment can run the whole shop; each reads what it needs."""
@@ -34,6 +36,18 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+    @field_validator("database")
+    @classmethod
+    def _is_one_for_each(cls, value: str | None) -> str | None:
+        if value is not None and "{service}" not in value:
+            # No ValueError, which would be pydantic's: programs end with a SetupError as one line. The URL has a
+            # password, and stays out of it.
+            raise SetupError(
+                "SHOP_DATABASE names one database for all services, and each needs its own: write {service} where its "
+                "name belongs, as postgresql://shop:secret@db/{service}"
+            )
+        return value
 
     def database_of(self, service: str) -> str:
         """The URL of the database of *service*."""

@@ -334,13 +334,16 @@ class StoreServer:
         self._engine.discard()
         self.is_running = False
 
-    def new_url(self) -> str:
-        """The URL of an empty database. On a Redis it is the same one for all tests of this process, emptied."""
+    def new_url(self, last_word: str = "") -> str:
+        """The URL of an empty database, whose name ends with *last_word*.
+
+        On a Redis it is the same one for all tests of this process, emptied.
+        """
         if self._kind.name == REDIS.name:
             url = urllib.parse.urlsplit(self._engine.url)._replace(path=f"/{_redis_database()}").geturl()
             apart(_empty_redis(url))
             return url
-        name = f"test_{secrets.token_hex(4)}"
+        name = f"test_{secrets.token_hex(4)}{last_word}"
         apart(_execute(self._engine.url, f"CREATE DATABASE {name}"))
         self._databases.append(name)
         return urllib.parse.urlsplit(self._engine.url)._replace(path=f"/{name}").geturl()

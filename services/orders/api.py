@@ -13,17 +13,18 @@ from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from eventbus.health import Readiness
 from eventbus.outbox import Outbox
 from schemas import Money, OrderLine, OrderPlaced
 from services.database import Database, alone
-from services.http import Email, Transaction, put_on
+from services.http import Email, Text, Transaction, put_on
 from services.orders.store import Order, Status
 
 
 class NewLine(BaseModel):
     """So many of one article, at the price that the customer saw."""
 
-    sku: str = Field(min_length=1, max_length=64)
+    sku: Text = Field(min_length=1, max_length=64)
     quantity: int = Field(ge=1, le=1000)
     unit_price: Decimal = Field(ge=0, max_digits=8, decimal_places=2)
 
@@ -35,7 +36,7 @@ class NewOrder(BaseModel):
 
     order_id: UUID
     email: Email
-    address: str = Field(min_length=1, max_length=500)
+    address: Text = Field(min_length=1, max_length=500)
     lines: list[NewLine] = Field(min_length=1, max_length=100)
     currency: str = Field(default="EUR", pattern="^[A-Z]{3}$")
 
@@ -66,10 +67,10 @@ class OrderView(BaseModel):
     lines: tuple[OrderLine, ...]
 
 
-def create_app(database: Database) -> FastAPI:
-    """The app, on a database that somebody else opens and closes."""
+def create_app(database: Database, worker: Readiness | None = None) -> FastAPI:
+    """The app, on a database that somebody else opens and closes; `/ready` tells of the *worker* beside it, too."""
     app = FastAPI(title="orders")
-    put_on(app, database)
+    put_on(app, database, worker)
     outbox = Outbox(source="/services/orders")
 
     @app.post("/orders", status_code=202)

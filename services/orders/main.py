@@ -6,7 +6,7 @@
 from contextlib import nullcontext
 
 from eventbus import Worker
-from services.http import run, serving, until_stopped
+from services.http import run, serving, until_stopped, watched
 from services.orders.api import create_app
 from services.orders.handlers import service
 from services.orders.store import resources
@@ -20,7 +20,8 @@ async def main() -> None:
     async with (
         resources(settings) as database,
         Worker(service.replace(lifespan=lambda _: nullcontext(database))) as worker,
-        serving(create_app(database), settings.http_host, settings.http_port),
+        watched(worker) as readiness,
+        serving(create_app(database, readiness), settings.http_host, settings.http_port),
     ):
         await until_stopped(worker)
 

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from eventbus.outbox import Outbox
 from schemas import UserRegistered
 from services.database import Database, alone
-from services.http import Email, Transaction, put_on
+from services.http import Email, Text, Transaction, put_on
 from services.users.store import User
 
 # Our own corner of all names: the same key is the same user, here and after a restart.
@@ -28,7 +28,7 @@ class NewUser(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(min_length=1, max_length=200)
+    name: Text = Field(min_length=1, max_length=200)
     email: Email
 
 

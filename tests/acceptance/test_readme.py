@@ -93,7 +93,7 @@ def test_each_how_to_runs_and_all_are_well_typed(tmp_path: Path) -> None:
     sh(f"mypy --strict --python-executable {sys.executable} {' '.join(files)}", tmp_path)
 
 
-# Two requests for one order, then the events that have left the outbox.
+# Two requests for one order, then the events that have left the outbox; and an outbox that cannot be read.
 ASK = """
 import sqlite3, time
 from fastapi.testclient import TestClient
@@ -107,8 +107,15 @@ with TestClient(app) as client:
         while not (events := database.execute(left).fetchall()):
             time.sleep(0.02)
     print([event for (event,) in events])
-    while client.get("/ready").json():
+    while client.get("/ready").status_code != 200:
         time.sleep(0.02)
+    with sqlite3.connect("orders.db") as database:
+        database.execute("ALTER TABLE eventbus_outbox RENAME TO away")
+    while not (problems := (answer := client.get("/ready")).json()):
+        time.sleep(0.02)
+    print(answer.status_code, problems[0].partition(":")[0])
+    with sqlite3.connect("orders.db") as database:
+        database.execute("ALTER TABLE away RENAME TO eventbus_outbox")
 """
 
 
@@ -119,8 +126,35 @@ def test_the_api_commits_an_order_with_its_event_which_leaves(folder: Path) -> N
 
     said = sh(f"python -c '{ASK}'", folder, EVENTBUS_URL="memory://")
 
-    assert said.splitlines() == ["[202, 202]", "['order_placed.v1']"]
+    assert said.splitlines() == ["[202, 202]", "['order_placed.v1']", "503 outbox"]
     sh(f"mypy --strict --python-executable {sys.executable} api.py", folder)
+
+
+# Without the bus's tables, which is found out on an open connection.
+CANNOT_START = """
+import asyncio, gc
+from api import app, lifespan
+from eventbus import SetupError
+
+async def main():
+    try:
+        async with lifespan(app):
+            print("started")
+    except SetupError as error:
+        print("lacks tables" in str(error))
+    gc.collect()
+
+asyncio.run(main())
+"""
+
+
+def test_an_api_that_cannot_start_leaves_no_connection_behind(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "orders.db")) as database:
+        database.execute("CREATE TABLE orders (id PRIMARY KEY)")
+
+    said = sh(f"python -W always::ResourceWarning -c '{CANNOT_START}' 2>&1", folder, EVENTBUS_URL="memory://")
+
+    assert said == "True\n"
 
 
 def test_what_one_terminal_publishes_the_other_one_handles(folder: Path, rabbitmq_url: str) -> None:

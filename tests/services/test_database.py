@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
 import sys
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +19,8 @@ from services.payments.store import Payment
 from services.settings import Settings
 from services.tables import TABLES, make_tables
 from tests.services.databases import on_each_database
+
+COMPOSE = Path(__file__).parent.parent.parent / "compose"
 
 
 @on_each_database
@@ -76,6 +80,22 @@ async def test_each_service_has_a_database_of_its_own(tmp_path: Path) -> None:
     assert on_a_server.database_of("users") == "postgresql://shop@db/users"
 
 
+async def test_one_database_for_all_services_is_refused_with_the_remedy_and_without_the_password() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.users.main"),
+        env={"SHOP_DATABASE": "postgresql://shop:let-me-in@db/shop"},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+
+    assert process.returncode == 1
+    assert said.startswith(b"SetupError: SHOP_DATABASE names one database")
+    assert b"write {service} where" in said
+    assert len(said.splitlines()) == 1
+    assert b"let-me-in" not in said
+
+
 async def test_a_database_without_tables_says_how_to_make_them_and_stays_as_it_is(tmp_path: Path) -> None:
     settings = Settings(data=tmp_path)
 
@@ -96,6 +116,16 @@ async def test_tables_that_are_there_stay_as_they_are(settings: Settings) -> Non
 
         async with database.session() as session:
             assert len(list(await session.scalars(select(Payment)))) == 1
+
+
+def test_compose_makes_a_database_for_each_service_that_has_tables(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, COMPOSE / "credentials", tmp_path / "users", tmp_path / "databases"], check=True)
+
+    statements = (tmp_path / "databases" / "databases.sql").read_text()
+    made = re.findall(r"CREATE DATABASE (\w+)", statements)
+    url = (tmp_path / "users" / "shop" / "database-url").read_text()
+    assert sorted(made) == sorted([*TABLES, "idempotency"])
+    assert Settings(database=url).database_of("users").endswith("@postgres/users")
 
 
 async def test_the_command_makes_the_tables_of_all_or_of_some(tmp_path: Path) -> None:

@@ -97,7 +97,15 @@ async def test_a_key_or_an_address_of_somebody_else_is_a_conflict(http: httpx.As
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"name": ""}, {"email": "nobody"}, {"email": "a@b\r\nBcc: c@d"}, {"email": "ada@example.com, bob@example.com"}],
+    [
+        {"name": ""},
+        {"name": "A\0da"},
+        {"name": "Ada\nBob"},
+        {"email": "nobody"},
+        {"email": "ada@example.com\0"},
+        {"email": "a@b\r\nBcc: c@d"},
+        {"email": "ada@example.com, bob@example.com"},
+    ],
 )
 async def test_bad_input_is_refused_and_leaves_no_event(
     http: httpx.AsyncClient, listener: Listener, wrong: dict[str, str]

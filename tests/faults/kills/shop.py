@@ -76,7 +76,7 @@ class ShopPlay:
         await create(engine)
         await engine.dispose()
         for name, points in SERVICES.items():
-            database = await self._databases.new(name)
+            database = "{service}".join((await self._databases.new(name)).rsplit(name, 1))
             await make_tables(Settings(database=database), name)
             settings = {
                 "EVENTBUS_URL": self.place.url,

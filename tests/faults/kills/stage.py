@@ -54,16 +54,16 @@ class Databases:
         self._engines: dict[str, AsyncEngine] = {}
 
     async def new(self, name: str) -> str:
-        """The URL of a new, empty database."""
+        """The URL of a new, empty database, whose name ends with *name*."""
         if self._store == "sqlite":
             url = f"sqlite:///{self._folder / name}.db"
         else:
-            url = await asyncio.to_thread(self._new_at_server)
+            url = await asyncio.to_thread(self._new_at_server, name)
         self._engines[name] = open_engine(url).execution_options(**{ONLY_READS: True})
         return url
 
-    def _new_at_server(self) -> str:
-        return self._stores.shared("postgresql").new_url()
+    def _new_at_server(self, name: str) -> str:
+        return self._stores.shared("postgresql").new_url(name)
 
     async def ask(self, name: str, question: str) -> list[tuple[object, ...]]:
         async with self._engines[name].connect() as connection:
