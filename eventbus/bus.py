@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePath
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import quote
 
+from eventbus import garbage
 from eventbus.delay import LEVELS, way
 from eventbus.envelope import Envelope, check_source, enclose, headers_of
 from eventbus.errors import EnvelopeError, PartlyPublished, PublishError, PublishTimeout, SetupError, Unroutable
@@ -192,6 +194,7 @@ class Bus:
         self._url, self._namespace, self._given_source = url, namespace, source
         self._publish_timeout = publish_timeout
         self._sender: Sender | None = None
+        self._while_connected = ExitStack()
         self._source = ""
 
     async def __aenter__(self) -> Self:
@@ -211,11 +214,13 @@ class Bus:
         )
         await open_or_close(transport, names, settings)
         self._sender = Sender(transport, names, timeout=self._publish_timeout)
+        self._while_connected.enter_context(garbage.rarely())
         return self
 
     async def __aexit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         sender, self._sender = self._sender, None
         if sender is not None:
+            self._while_connected.close()
             await sender.transport.close()
 
     async def publish(

@@ -27,7 +27,7 @@ ORDERS = 60
 SHOP_KILLS = 5  # one for each program: what is dear is to start them anew
 LEASE_S = 3.0
 QUIET_S = 40.0  # longer than whatever is waited for here, on a busy computer
-WRONG_QUIET_S = 10.0  # several leases: what a wrong build has lost does not come back
+WRONG_QUIET_S = 7.0  # more than two leases: what a wrong build has lost does not come back
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
