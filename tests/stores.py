@@ -261,7 +261,7 @@ class Native:
     """A private process of the installed program: own port, own folder, on a leash."""
 
     def __init__(self, kind: Kind, program: Path) -> None:
-        self.origin = f"native {program}"
+        self.origin = f"native {program.name}"
         self._kind, self._program = kind, program
         self._folder = Path(tempfile.mkdtemp(prefix=f"eventbus-{kind.name}-"))
         self._port = free_port()
