@@ -56,6 +56,7 @@ _CHARSET = re.compile(r";\s*charset\s*=\s*\"?([^\s;\"]+)", re.IGNORECASE)
 _UTF_8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _INT32 = range(-(2**31), 2**31)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_new = object.__new__
 _NO_EXTENSIONS: Mapping[str, ExtensionValue] = MappingProxyType({})
 # Looked up rather than cut off the prefix: these are in every message.
 _ATTRIBUTE = {PREFIX + name: name for name in ("specversion", "id", "source", "type", "time", "subject", "dataschema")}
@@ -94,27 +95,7 @@ class Envelope:
         extensions: Mapping[str, ExtensionValue] = _NO_EXTENSIONS,
         data: bytes = b"",
     ) -> None:
-        _check_text("id", id)
-        _check_text("type", type)
-        _check_uri_reference("source", source)
-        if subject is not None:
-            _check_text("subject", subject)
-        if datacontenttype is not None and datacontenttype != JSON:
-            _check_text("datacontenttype", datacontenttype)
-        if dataschema is not None:
-            _check_uri_reference("dataschema", dataschema)
-        if not isinstance(data, bytes):
-            _refuse("data", f"is {_kind(data)}: give bytes")
-        # What a frozen dataclass does by itself, through the slots' own setters: it is made twice for each event.
-        _set_id(self, id)
-        _set_source(self, source)
-        _set_type(self, type)
-        _set_time(self, _in_utc(time))
-        _set_subject(self, subject)
-        _set_datacontenttype(self, datacontenttype)
-        _set_dataschema(self, dataschema)
-        _set_extensions(self, extensions if extensions is _NO_EXTENSIONS else _checked_extensions(extensions))
-        _set_data(self, data)
+        _fill(self, id, source, type, time, subject, datacontenttype, dataschema, extensions, data)
 
     def event(self, model: builtins.type[M]) -> M:
         """The data read as *model*.
@@ -178,6 +159,48 @@ _set_datacontenttype, _set_dataschema, _set_extensions, _set_data = (
 )
 
 
+def _fill(
+    envelope: Envelope,
+    id: str,
+    source: str,
+    type: str,
+    time: datetime,
+    subject: str | None,
+    datacontenttype: str | None,
+    dataschema: str | None,
+    extensions: Mapping[str, ExtensionValue],
+    data: bytes,
+) -> None:
+    """Check every attribute, and set it: what a frozen dataclass does by itself, through the slots' own setters.
+
+    A function, and its arguments by place: it runs twice for each event, and keywords cost as much as the checks.
+    """
+    # Printable text holds nothing forbidden, and asking is much cheaper than the search of `_check_text`.
+    if not (isinstance(id, str) and id and id.isprintable()):
+        _check_text("id", id)
+    if not (isinstance(type, str) and type and type.isprintable()):
+        _check_text("type", type)
+    if not isinstance(source, str) or not _is_uri_reference(source):
+        _check_uri_reference("source", source)
+    if subject is not None:
+        _check_text("subject", subject)
+    if datacontenttype is not None and datacontenttype != JSON:
+        _check_text("datacontenttype", datacontenttype)
+    if dataschema is not None:
+        _check_uri_reference("dataschema", dataschema)
+    if not isinstance(data, bytes):
+        _refuse("data", f"is {_kind(data)}: give bytes")
+    _set_id(envelope, id)
+    _set_source(envelope, source)
+    _set_type(envelope, type)
+    _set_time(envelope, _in_utc(time))
+    _set_subject(envelope, subject)
+    _set_datacontenttype(envelope, datacontenttype)
+    _set_dataschema(envelope, dataschema)
+    _set_extensions(envelope, extensions if extensions is _NO_EXTENSIONS else _checked_extensions(extensions))
+    _set_data(envelope, data)
+
+
 def _cloudevent_data(event: CloudEvent) -> bytes:
     from cloudevents.core.formats.json import JSONFormat
 
@@ -216,15 +239,11 @@ def enclose(
     Raises:
         EnvelopeError: the event does not serialise, or an attribute breaks a rule of CloudEvents.
     """
-    return Envelope(
-        id=id,
-        source=source,
-        type=event.event_type,
-        time=time,
-        subject=subject,
-        extensions=extensions or _NO_EXTENSIONS,
-        data=to_json(event),
+    envelope = _new(Envelope)
+    _fill(
+        envelope, id, source, event.event_type, time, subject, JSON, None, extensions or _NO_EXTENSIONS, to_json(event)
     )
+    return envelope
 
 
 def check_source(source: str) -> None:
@@ -470,19 +489,21 @@ def _take_specversion(attributes: dict[str, Any]) -> None:
 
 def _envelope(cls: type[E], attributes: dict[str, Any], data: bytes) -> E:
     """The envelope of CloudEvents *attributes*; what has no field of its own is an extension."""
-    take = attributes.pop
-    return cls(
-        id=take("id", None),
-        source=take("source", None),
-        type=take("type", None),
-        time=_read_time(take("time", None)),
-        subject=take("subject", None),
-        datacontenttype=take("datacontenttype", None),
-        dataschema=take("dataschema", None),
+    take, envelope = attributes.pop, _new(cls)
+    _fill(
+        envelope,
+        take("id", None),
+        take("source", None),
+        take("type", None),
+        _read_time(take("time", None)),
+        take("subject", None),
+        take("datacontenttype", None),
+        take("dataschema", None),
         # Evaluated last, when only the extensions are left.
-        extensions=_canonical_extensions(attributes) if attributes else _NO_EXTENSIONS,
-        data=data,
+        _canonical_extensions(attributes) if attributes else _NO_EXTENSIONS,
+        data,
     )
+    return envelope
 
 
 def _canonical_extensions(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -499,7 +520,6 @@ def _canonical(value: object) -> object:
 
 
 def _check_text(attribute: str, value: object) -> None:
-    # Printable text holds nothing forbidden, and asking is much cheaper than the search.
     if isinstance(value, str) and value and value.isprintable():
         return
     if value is None:
