@@ -56,6 +56,7 @@ _AFTER_ID: Final = ("timestamp", "message_type", "app_id")
 _CONTENT_TYPE: Final = _FLAGS["content_type"]
 _OURS: Final = _FLAGS["headers"] | _FLAGS["delivery_mode"] | _FLAGS["message_id"]
 _PERSISTENT: Final = b"\x02"
+_JSON_TYPE: Final = b"\x10application/json"  # nearly everybody's content type
 
 
 class Malformed(ValueError):
@@ -419,8 +420,11 @@ def read_properties(
         table, content_type, message_id = NO_TABLE, None, None
         others: dict[str, object] = {}
         if flags & 0x8000:
-            stop = at + 1 + data[at]
-            content_type = str(data[at + 1 : stop], "utf-8")
+            if data.startswith(_JSON_TYPE, at):
+                content_type, stop = "application/json", at + len(_JSON_TYPE)
+            else:
+                stop = at + 1 + data[at]
+                content_type = str(data[at + 1 : stop], "utf-8")
             at = stop
         if flags & 0x4000:
             stop = at + 1 + data[at]
