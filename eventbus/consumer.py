@@ -12,7 +12,8 @@ import contextvars
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import UTC, timedelta
@@ -94,15 +95,15 @@ class _Work:
 
 @dataclass(slots=True, eq=False)
 class _Run:
-    """A handler and what it is called with; from `_AtWork.begin` on also who runs it, and under which claim."""
+    """A handler, what it is called with and who runs it; once it is claimed, also under which claim."""
 
     work: _Work
     subscription: Subscription
     event: BaseModel | Envelope
     envelope: Envelope
     key: str
+    task: asyncio.Task[Any]
     token: str = ""
-    task: asyncio.Task[Any] | None = None
     cancelled_because: Outcome | None = None
     ends_s: float = 0.0  # on the event loop's clock: the handler's timeout
     is_overdue: bool = False
@@ -118,8 +119,7 @@ class _Run:
             self._stop()
 
     def _stop(self) -> None:
-        if self.task is not None:
-            self.task.cancel()
+        self.task.cancel()
 
 
 class _AtWork:
@@ -132,8 +132,7 @@ class _AtWork:
 
     def begin(self, run: _Run) -> float:
         """Return when that was, on the event loop's clock."""
-        run.task = task = _current_task()
-        loop = task.get_loop()
+        loop = run.task.get_loop()
         began_s = loop.time()
         run.ends_s = began_s + run.subscription.timeout.total_seconds()
         self.runs.add(run)
@@ -171,6 +170,7 @@ class ServiceConsumer:
 
     def __init__(self, service: Service[Any], subscriptions: Iterable[Subscription], environment: Environment) -> None:
         self.service = service
+        self._name = service.name
         self.state: object = None  # what the lifespan yielded; set before the first delivery
         self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
         self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
@@ -179,6 +179,7 @@ class ServiceConsumer:
         self._telemetry, self._store, self._clock = environment.sender.telemetry, environment.store, environment.clock
         self._slots = Slots(service.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._burst: deque[Delivery] | None = None  # what came since the event loop last turned
         self._plans: dict[str, tuple[Subscription, ...]] = {}
         self.stuck = 0  # retries and dead letters whose copies the broker does not take
         self._forced = False
@@ -194,10 +195,15 @@ class ServiceConsumer:
 
     def deliver(self, delivery: Delivery) -> None:
         """Take *delivery*; never blocks, never raises."""
+        if self._burst is None:
+            self._burst = deque()
+            self._begin(self._take_all(self._burst))
+        self._burst.append(delivery)
+
+    def _begin(self, taking: Coroutine[Any, Any, None]) -> None:
         # Not the context of whoever called: on the embedded broker that is a publisher's, with its spans and variables.
         loop, context = asyncio.get_running_loop(), self._context.copy()
-        task = loop.create_task(self._take(delivery), name=self._task_name, context=context)
-        self._tasks.add(task)
+        self._tasks.add(loop.create_task(taking, name=self._task_name, context=context))
 
     async def drain(self, within_s: float) -> bool:
         """Wait for what was taken to be settled; False if something was not, *within_s* seconds later."""
@@ -224,11 +230,41 @@ class ServiceConsumer:
 
     # ── one delivery ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _take(self, delivery: Delivery) -> None:
+    async def _take_all(self, burst: deque[Delivery]) -> None:
+        """Take what came together, one after the other as long as nothing has to wait: a task costs as much as a claim.
+
+        As soon as one waits, or leaves its task another one than it found, the others get tasks of their own.
+        """
+        self._burst = None
+        task, untouched = _current_task(), contextvars.copy_context()
+        if len(burst) > 1:
+            task.get_loop().call_soon(self._spread, burst)
         try:
-            self._telemetry.join(delivery.message.headers)
+            while burst:
+                await self._take(burst.popleft(), task)
+                if task.cancelling() or not _is_same(contextvars.copy_context(), untouched):
+                    break
+        finally:
+            self._spread(burst)
+            self._tasks.discard(task)
+
+    def _spread(self, burst: deque[Delivery]) -> None:
+        while burst:
+            self._begin(self._take_alone(burst.popleft()))
+
+    async def _take_alone(self, delivery: Delivery) -> None:
+        task = _current_task()
+        try:
+            await self._take(delivery, task)
+        finally:
+            self._tasks.discard(task)
+
+    async def _take(self, delivery: Delivery, task: asyncio.Task[Any]) -> None:
+        joined = None
+        try:
+            joined = self._telemetry.join(delivery.message.headers)
             works = self._works(delivery)
-            part = await (self._part(works[0]) if len(works) == 1 else self._all(works))
+            part = await (self._part(works[0], task) if len(works) == 1 else self._all(works))
         except Exception:
             # A bug of ours: it is handed back, so that nothing is lost and no window fills up with such deliveries.
             log.exception("a delivery of %s could not be settled", self.service.name)
@@ -239,7 +275,8 @@ class ServiceConsumer:
             elif part == "unpublishable":
                 delivery.reject()
         finally:
-            self._tasks.discard(_current_task())
+            if joined is not None:
+                self._telemetry.leave(joined)
 
     async def _all(self, works: list[_Work]) -> Part:
         """What became of all parts: the broker hears of the delivery once, and "nothing" goes before the others."""
@@ -268,11 +305,14 @@ class ServiceConsumer:
                 self._plans[envelope.type] = plan
         if not plan:
             return [_Work(delivery, envelope, None, None, attempt)]
-        return [_Work(delivery, envelope, subscription, subscription.handler, attempt) for subscription in plan]
+        works = []
+        for subscription in plan:  # a comprehension is a call more
+            works.append(_Work(delivery, envelope, subscription, subscription.handler, attempt))  # noqa: PERF401
+        return works
 
-    async def _part(self, work: _Work) -> Part:
+    async def _part(self, work: _Work, task: asyncio.Task[Any] | None = None) -> Part:
         try:
-            ready = self._ready(work)
+            ready = self._ready(work, task)
             if isinstance(ready, _Run):
                 if not self._slots.take():
                     await self._slots.wait()
@@ -288,7 +328,7 @@ class ServiceConsumer:
             return "settled"  # as `decide` says; not asked each time
         return await self._settle(work, outcome)
 
-    def _ready(self, work: _Work) -> _Run | Outcome:
+    def _ready(self, work: _Work, task: asyncio.Task[Any] | None) -> _Run | Outcome:
         """What is to be run, or why there is nothing to run."""
         subscription, envelope = work.subscription, work.envelope
         if envelope is None:
@@ -298,12 +338,13 @@ class ServiceConsumer:
             return Unmatched("no-handler", f"service {self.service.name!r} has no {what} in this program")
         try:
             event = subscription.read(envelope)
-            key = subscription.idempotency_key(self.service.name, envelope, event)
+            key = subscription.idempotency_key(self._name, envelope, event)
         except UnknownVersion as error:
             return Unmatched("unknown-version", str(error))
         except EnvelopeError as error:
             return Refused(error.reason, str(error))
-        return _Run(work, subscription, event, envelope, key)
+        # Asked for where it is not known: that costs as much as a claim.
+        return _Run(work, subscription, event, envelope, key, task or _current_task())
 
     async def _claimed(self, run: _Run) -> Outcome:
         """Claim, run, and record what came of it."""
@@ -598,6 +639,13 @@ def _timed_out(timeout: timedelta) -> str:
 def _attempt(message: Message) -> int:
     value = message.headers.get(header.ATTEMPT, 1)
     return value if isinstance(value, int) and value >= 1 else 1
+
+
+def _is_same(context: contextvars.Context, other: contextvars.Context) -> bool:
+    try:
+        return context == other  # as long as nobody sets a variable this compares two pointers
+    except Exception:  # noqa: BLE001  # whatever a stranger's `==` raises
+        return False  # arrays, for one, do not tell whether they are equal
 
 
 def _current_task() -> asyncio.Task[Any]:

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import Token
 from datetime import timedelta
 from types import TracebackType
 from typing import Self, TypeVar
@@ -41,6 +42,7 @@ _PLAIN_TRACEPARENT = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})"
 _ROOT = otel_context.Context()
 
 Attributes = dict[str, str | int]
+Joined = Token[otel_context.Context]  # what tells how to leave a trace
 T = TypeVar("T")
 
 
@@ -174,13 +176,19 @@ class Telemetry:
             },
         )
 
-    def join(self, headers: Mapping[str, object]) -> None:
-        """Let the running task belong to the trace that the message came with, its log lines included."""
+    def join(self, headers: Mapping[str, object]) -> Joined | None:
+        """Let the running task belong to the trace that the message came with, its log lines included, until it leaves.
+
+        None if it came with none.
+        """
         if "traceparent" not in headers:
-            return
+            return None
         parent = _extract(headers, "")
-        if parent is not None:
-            otel_context.attach(parent)  # for good: the task is this delivery's own
+        return None if parent is None else otel_context.attach(parent)
+
+    def leave(self, joined: Joined) -> None:
+        """Belong to no trace any more, or to the one before."""
+        otel_context.detach(joined)
 
     def process(
         self, envelope: Envelope, headers: Mapping[str, object], *, queue: str, handler: str, attempt: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import logging
 import sys
@@ -273,6 +274,118 @@ async def test_handlers_run_side_by_side_up_to_the_concurrency() -> None:
 
     assert max(most) == 4
     assert len(most) == 10
+
+
+# ── deliveries that come together ───────────────────────────────────────────────────────────────────────────────────
+
+
+async def taken_together(handle: Callable[[Placed], Awaitable[None]], **options: Any) -> None:
+    """Have *handle* called with the orders 0 to 3, which come in one turn of the event loop."""
+    async with Rig(service(handle, **options)) as rig:
+        await rig.consumer.inner.pause()
+        for number in range(4):
+            await rig.publish(Placed(order_id=number))
+        await rig.consumer.inner.resume()
+        await rig.settled()
+        assert rig.depth("events.shop") == 0
+
+
+async def test_handlers_that_never_wait_run_one_after_the_other_in_one_task() -> None:
+    tasks: list[object] = []
+
+    async def handle(event: Placed) -> None:
+        tasks.append((event.order_id, asyncio.current_task()))
+
+    await taken_together(handle)
+
+    assert tasks == [(number, tasks[0][1]) for number in range(4)]  # type: ignore[index]
+
+
+async def test_what_came_together_with_one_that_waits_does_not_wait_for_it() -> None:
+    begun: list[int] = []
+    handled: list[int] = []
+    others = asyncio.Event()
+
+    async def handle(event: Placed) -> None:
+        begun.append(event.order_id)
+        if event.order_id == 1:
+            await others.wait()
+        handled.append(event.order_id)
+        if len(handled) == 3:
+            others.set()
+
+    await taken_together(handle)
+
+    assert begun == [0, 1, 2, 3]
+    assert handled == [0, 2, 3, 1]
+
+
+USER: contextvars.ContextVar[int | None] = contextvars.ContextVar("user", default=None)
+
+
+async def test_a_variable_that_a_handler_sets_is_nobody_elses() -> None:
+    found: list[int | None] = []
+
+    async def handle(event: Placed) -> None:
+        found.append(USER.get())
+        USER.set(event.order_id)
+
+    await taken_together(handle)
+
+    assert found == [None] * 4
+
+
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("ambiguous, as an array says")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+DATA: contextvars.ContextVar[Incomparable] = contextvars.ContextVar("data")
+
+
+async def test_a_variable_that_cannot_be_compared_is_nobody_elses_either() -> None:
+    found: list[object] = []
+    DATA.set(first := Incomparable())
+
+    async def handle(event: Placed) -> None:
+        found.append(DATA.get())
+        DATA.set(Incomparable())
+
+    await taken_together(handle)
+
+    assert [value is first for value in found] == [True] * 4
+
+
+async def test_a_handler_that_cancels_its_own_task_cancels_nobody_elses() -> None:
+    begun: list[int] = []
+
+    async def handle(event: Placed) -> None:
+        begun.append(event.order_id)
+        if event.order_id == 0:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        else:
+            await asyncio.sleep(0)
+
+    await taken_together(handle)
+
+    assert begun == [0, 1, 2, 3]
+
+
+async def test_each_of_several_that_wait_has_a_timeout_of_its_own() -> None:
+    tried: list[int] = []
+
+    async def handle(event: Placed) -> None:
+        tried.append(event.order_id)
+        if event.order_id % 2 and tried.count(event.order_id) == 1:
+            await asyncio.Event().wait()
+
+    await taken_together(handle, timeout=timedelta(seconds=0.05))
+
+    assert sorted(tried) == [0, 1, 1, 2, 3, 3]
 
 
 # ── several handlers ────────────────────────────────────────────────────────────────────────────────────────────────

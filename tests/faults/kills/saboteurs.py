@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -26,9 +27,9 @@ def ack_first() -> None:
     """A delivery is acked when it comes."""
     take = ServiceConsumer._take
 
-    async def swapped(self: ServiceConsumer, delivery: Delivery) -> None:
+    async def swapped(self: ServiceConsumer, delivery: Delivery, task: asyncio.Task[Any]) -> None:
         delivery.ack()
-        await take(self, delivery)
+        await take(self, delivery, task)
 
     ServiceConsumer._take = swapped  # type: ignore[method-assign]
 
