@@ -42,6 +42,7 @@ from eventbus.delivery import (
     Unmatched,
     decide,
 )
+from eventbus.dispatch import Dispatch
 from eventbus.envelope import Envelope, decode
 from eventbus.errors import EnvelopeError, Reject, RetryLater, StoreError
 from eventbus.failure import failure_of, one_line, text_of
@@ -59,8 +60,6 @@ log = logging.getLogger("eventbus.delivery")
 
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 10.0
-# Foreign senders may use any number of types; the plan of each is remembered up to this many.
-MOST_PLANS = 10_000
 
 # What became of one handler's part of a delivery: settled (done, or its copy is confirmed), nothing (leave it to the
 # broker), or unpublishable (no copy can be made: the broker moves the original, untouched).
@@ -174,13 +173,13 @@ class ServiceConsumer:
         self.state: object = None  # what the lifespan yielded; set before the first delivery
         self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
         self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
+        self._dispatch = Dispatch(self._subscriptions.values())
         self._identities = {name: (service.name, name, service.source) for name in self._subscriptions}
         self._environment = environment
         self._telemetry, self._store, self._clock = environment.sender.telemetry, environment.store, environment.clock
         self._slots = Slots(service.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
         self._burst: deque[Delivery] | None = None  # what came since the event loop last turned
-        self._plans: dict[str, tuple[Subscription, ...]] = {}
         self.stuck = 0  # retries and dead letters whose copies the broker does not take
         self._forced = False
         self._renewal: Timer | None = None
@@ -298,15 +297,11 @@ class ServiceConsumer:
         named = message.headers.get(header.HANDLER)
         if isinstance(named, str):
             return [_Work(delivery, envelope, self._subscriptions.get(named), named, attempt)]
-        plan = self._plans.get(envelope.type)
-        if plan is None:
-            plan = tuple(s for s in self._subscriptions.values() if s.wants(envelope.type))
-            if len(self._plans) < MOST_PLANS:
-                self._plans[envelope.type] = plan
-        if not plan:
+        wanting = self._dispatch.wanting(envelope.type)
+        if not wanting:
             return [_Work(delivery, envelope, None, None, attempt)]
         works = []
-        for subscription in plan:  # a comprehension is a call more
+        for subscription in wanting:  # a comprehension is a call more
             works.append(_Work(delivery, envelope, subscription, subscription.handler, attempt))  # noqa: PERF401
         return works
 
