@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-YOUNG_OBJECTS: Final = 20_000  # about what 300 events hold; a few MB, if all of it were garbage
+YOUNG_OBJECTS: Final = 50_000  # about what 1,000 events hold; some MB, if all of it were garbage
 
 _inside = 0  # blocks of `rarely` that have not ended
 _before = 0
@@ -20,7 +20,7 @@ _before = 0
 
 @contextmanager
 def rarely() -> Iterator[None]:
-    """Within the block Python looks for each 20,000 new objects. The last that ends sets back what was.
+    """Within the block Python looks for each 50,000 new objects. The last that ends sets back what was.
 
     A program that has set a higher threshold, or has switched the collector off, keeps that.
     """
