@@ -142,12 +142,13 @@ class LanePublishing:
             self._look_at(deadline_s)
         # Fresh every time: a message that no queue took is known again by it, as its return has no tag.
         message_id = b"%s%016x" % (self._prefix, self._sent)
-        self._splitter.write(
-            method,
-            frames.content_frames(
-                self._number, encoded.head, message_id, encoded.tail, encoded.body, self._splitter.frame_max
-            ),
+        content = frames.content_frames(
+            self._number, encoded.head, message_id, encoded.tail, encoded.body, self._splitter.frame_max
         )
+        if len(self._waiting) > 1:
+            self._splitter.write(method, content)
+        else:  # alone on its way: nothing is there to join it with, and until the turn ends costs a look at all sockets
+            self._splitter.write_now(method, content)
         return future
 
     # One timer for all: publishes are many, and few of them end by their deadline.
@@ -356,11 +357,10 @@ class LaneConsuming:
             table, others = properties.table, properties.others
             kept = _NOTHING if others is frames.ONLY_PERSISTENT else _kept(others)
             message = Message(table.values, body, properties.content_type, kept, table.foreign)
-        is_readable = properties is not None and _is_text(key)
+        is_readable = properties is not None and (key.isascii() or _is_text(key))
         self._deliver(Incoming(tag, exchange, key, is_redelivered, message, is_readable))
 
 
-@lru_cache(maxsize=1024)
 def _is_text(key: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in key)
 

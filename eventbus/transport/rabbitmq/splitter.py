@@ -135,6 +135,11 @@ class Splitter:
             self._loop.call_soon(self.flush)
         self._out += pieces
 
+    def write_now(self, *pieces: bytes) -> None:
+        """Send whole frames, behind those that wait for the end of the turn."""
+        self._out += pieces
+        self.flush()
+
     def flush(self) -> None:
         """Send now what waits for the end of the turn: before something of the client's that must come after it."""
         if self._out:
