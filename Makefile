@@ -87,7 +87,7 @@ $(VENV)/.python:
 
 # Of its own, so that no peer's package is where the tests run.
 $(BENCH)/.bench: pyproject.toml constraints.txt benchmarks/constraints.txt
-	@python=$$(.ci/python) && echo "creating $(BENCH) with $$python" && $$python -m venv $(BENCH)
+	@python=$$(.ci/python fastest) && echo "creating $(BENCH) with $$python" && $$python -m venv $(BENCH)
 	@echo 'installing eventbus and what it is measured against'
 	@$(BENCH)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt \
 		--upgrade pip
