@@ -334,9 +334,9 @@ os.register_at_fork(after_in_child=_random.seed)
 
 def _new_id() -> str:
     """A random UUID (version 4)."""
-    bits = _random.getrandbits(128) & ~(0xF << 76 | 0x3 << 62) | 4 << 76 | 2 << 62
-    digits = f"{bits:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    digits = _random.randbytes(15).hex()
+    variant = "89ab"[_random.getrandbits(2)]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-{variant}{digits[15:18]}-{digits[18:]}"
 
 
 def source_of_this_program() -> str:

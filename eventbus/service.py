@@ -123,7 +123,7 @@ class Subscription:
         return f"{service}/{self.handler}/{_name_in_key(envelope.type)}/{value}"
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _name_in_key(type_: str) -> str:
     return split_type(type_)[0].replace("%", "%25").replace("/", "%2F")  # a foreign one may hold a slash
 

@@ -272,7 +272,8 @@ def _is_of_the_api(provider: metrics.MeterProvider) -> bool:
 
 def inject(headers: dict[str, object]) -> None:
     """The current trace context: the hop's, and the origin's where the message has none yet."""
-    write_context(trace.get_current_span().get_span_context(), headers)
+    if otel_context.get_current():  # there is nothing in it where nobody traces, and that is asked for each event
+        write_context(trace.get_current_span().get_span_context(), headers)
 
 
 def write_context(context: trace.SpanContext, headers: dict[str, object]) -> None:

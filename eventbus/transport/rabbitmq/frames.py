@@ -306,17 +306,18 @@ def write_plain(headers: Mapping[str, object], foreign: Mapping[str, bytes]) -> 
     Raises:
         ValueError: a name or a text does not fit, or is no text.
     """
-    parts: list[bytes] = [b""]
+    parts: list[bytes] = []
     for name, value in headers.items():
+        if type(value) is str and name in _REPEATED and name not in foreign:
+            parts.append(_text_entry(name, value))
+            continue
         encoded = _ENCODED_NAMES.get(name) or _encoded_name(name)
         if name in foreign:
             parts += (encoded, foreign[name])
         elif type(value) is str:
-            if name in _REPEATED:
-                parts.append(_text_entry(name, value))
-            else:
-                text = value.encode()
-                parts += (encoded, b"S", _U32.pack(len(text)), text)
+            text = value.encode()
+            size = len(text)
+            parts += (encoded, _TEXT_OF[size] if size < 256 else b"S" + _U32.pack(size), text)
         elif type(value) is bool:
             parts += (encoded, b"t\x01" if value else b"t\x00")
         elif type(value) is int:
@@ -339,6 +340,9 @@ _REPEATED: Final = frozenset(
 def _text_entry(name: str, value: str) -> bytes:
     text = value.encode()
     return _encoded_name(name) + b"S" + _U32.pack(len(text)) + text
+
+
+_TEXT_OF: Final = tuple(b"S" + _U32.pack(size) for size in range(256))  # what comes before a short one
 
 
 def write_int(value: int) -> bytes:
@@ -612,7 +616,7 @@ def read_deliver(data: bytes, at: int, end: int) -> tuple[int, bool, str, str]:
     return tag, bits & 1 == 1, *_route(data[at + 1 : middle], data[middle + 1 : stop])
 
 
-@lru_cache(maxsize=1024)  # a queue's deliveries come by few routes
+@lru_cache(maxsize=4096)  # a queue's deliveries come by few routes
 def _route(exchange: bytes, key: bytes) -> tuple[str, str]:
     return str(exchange, "utf-8", "replace"), str(key, "utf-8", "surrogateescape")
 
