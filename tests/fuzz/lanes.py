@@ -111,13 +111,18 @@ class Lanes:
 
     async def publish(self, messages: Iterable[Message]) -> bytes:
         """What was written for them. Their confirms are still to come."""
+        at_once = self.begin(messages)
+        await asyncio.sleep(0)
+        self.splitter.flush()
+        return at_once + self._pair.received()
+
+    def begin(self, messages: Iterable[Message]) -> bytes:
+        """What was written for them before the turn of the event loop ends."""
         assert self._publishing is not None
         deadline_s = asyncio.get_running_loop().time() + FAR_S
         for message in messages:
             encoded = self._publishing.encode(Publication("events", "fact.v1", message))
             self._publishes.append(self._publishing.publish(encoded, deadline_s))
-        await asyncio.sleep(0)
-        self.splitter.flush()
         return self._pair.received()
 
     def feed(self, data: bytes, places: Iterable[int]) -> None:

@@ -145,6 +145,18 @@ async def test_a_confirm_touches_what_it_confirms_and_nothing_else(pair: Pair, m
     assert await lanes.outcomes() == dict.fromkeys(range(1, 1001), True)
 
 
+async def test_what_is_alone_on_its_way_is_sent_at_once_and_what_is_not_is_joined(pair: Pair) -> None:
+    lanes = await Lanes.open(pair)
+
+    assert len(ids_in(lanes.begin([Message({}, b"alone")]))) == 1
+    assert lanes.begin([Message({}, b"second"), Message({}, b"third")]) == b""
+    await asyncio.sleep(0)
+    assert len(ids_in(pair.received())) == 2
+
+    lanes.feed(confirms := sent(Basic.Ack(3, True)), [len(confirms)])
+    assert len(ids_in(lanes.begin([Message({}, b"alone again")]))) == 1
+
+
 async def test_what_the_lane_does_not_know_is_the_clients(pair: Pair) -> None:
     lanes = await Lanes.open(pair)
     data = b"".join([

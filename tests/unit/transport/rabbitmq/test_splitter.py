@@ -280,12 +280,24 @@ async def test_flush_sends_now_and_once(pair: Pair) -> None:
     assert pair.received() == b"2"
 
 
+async def test_what_cannot_wait_for_the_end_of_the_turn_is_sent_behind_what_waits(pair: Pair) -> None:
+    connection = Connection(pair)
+
+    connection.splitter.write_now(b"1")
+    assert pair.received() == b"1"
+
+    connection.splitter.write(b"2")
+    connection.splitter.write_now(b"3", b"4")
+    assert pair.received() == b"234"
+
+
 async def test_nothing_is_written_to_a_connection_that_is_closing(pair: Pair) -> None:
     connection = Connection(pair)
 
     pair.writer.close()
     connection.splitter.write(frame.marshal(Basic.Ack(1), OURS))
     connection.splitter.flush()
+    connection.splitter.write_now(frame.marshal(Basic.Ack(2), OURS))
 
     assert pair.received() == b""
 
