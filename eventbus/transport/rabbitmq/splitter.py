@@ -18,7 +18,7 @@ from eventbus.transport.rabbitmq import frames
 _FRAME: Final = struct.Struct(">BHI")
 _HEARTBEAT: Final = 8
 _MAX_GREETING: Final = 2**20  # no frame of a handshake is bigger
-_READ_BYTES: Final = 32 * 1024
+_READ_BYTES: Final = 64 * 1024
 _UNBOUNDED: Final = 2**32
 
 
