@@ -11,7 +11,6 @@ import contextlib
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import aiormq
@@ -31,13 +30,15 @@ T = TypeVar("T")
 TOO_LARGE: Final = re.compile(r"message size \d+ is larger than .*?(\d+)$")
 
 
-@dataclass(slots=True)
 class _Progress:
-    """What one publish has come to so far."""
+    """What one publish has come to so far. Defaults are the class's: nearly every publish needs no others."""
 
-    trouble: str = "no connection to the broker"
-    maybe_stored: bool = False
-    missed_exchange: bool = False
+    trouble = "no connection to the broker"
+    maybe_stored = False
+    missed_exchange = False
+    backoff: Backoff | None = None
+    refused_by: Session | None = None
+    refused_s = 0.0
 
 
 class Publisher:
@@ -111,7 +112,30 @@ class Publisher:
             if not self._window.take():
                 await _within(deadline_s, self._window.wait())
             try:
-                return await self._until_confirmed(encoded, progress, deadline_s)
+                # One coroutine for all tries: one more that waits for another costs each event what its headers do.
+                while True:
+                    current = self._live()
+                    if current is None:
+                        current = await _within(deadline_s, self._next_session(progress))
+                    session, channel = current
+                    sent_before, mine = progress.maybe_stored, None
+                    try:
+                        if session.is_full:
+                            progress.trouble = "the broker takes nothing in (is it under a memory or disk alarm?)"
+                            await _within(deadline_s, session.writable())
+                        mine = self._sent_to[encoded.exchange] = self._sent_to[encoded.exchange] + 1
+                        progress.maybe_stored, progress.trouble = True, "no confirm came"
+                        return await channel.publish(encoded, deadline_s)
+                    except Nacked:
+                        await self._after_refusal(session, progress, deadline_s)
+                    except Lost as lost:
+                        if mine is not None and _is_about(lost.reason, encoded):
+                            # The broker refuses the first one that it may not take, and ignores what follows on that
+                            # channel. So the last one sent there was certainly not stored; those before may have been.
+                            progress.maybe_stored = sent_before or self._sent_to[encoded.exchange] != mine
+                            self._judge(lost.reason, encoded, progress)
+                        progress.trouble = f"the connection was lost ({lost})"
+                        session.fail(lost.reason)
             finally:
                 self._window.give()
         except TimeoutError:
@@ -129,41 +153,17 @@ class Publisher:
         encoded: Encoded = self._current[1].encode(publication)
         return encoded
 
-    async def _until_confirmed(self, encoded: Encoded, progress: _Progress, deadline_s: float) -> bool:
-        backoff: Backoff | None = None
-        refused_by: Session | None = None
-        refused_s = 0.0
-        while True:
-            current = self._live()
-            if current is None:
-                current = await _within(deadline_s, self._next_session(progress))
-            session, channel = current
-            sent_before, mine = progress.maybe_stored, None
-            try:
-                if session.is_full:
-                    progress.trouble = "the broker takes nothing in (is it under a memory or disk alarm?)"
-                    await _within(deadline_s, session.writable())
-                mine = self._sent_to[encoded.exchange] = self._sent_to[encoded.exchange] + 1
-                progress.maybe_stored, progress.trouble = True, "no confirm came"
-                return await channel.publish(encoded, deadline_s)
-            except Nacked:
-                # Another queue may have stored it: a nack says only that one did not.
-                progress.trouble = "a queue refuses it (it is full, or lost its majority)"
-                now_s = asyncio.get_running_loop().time()
-                backoff = backoff or Backoff()
-                if refused_by is not session:
-                    refused_by, refused_s = session, now_s
-                elif now_s - refused_s > REFUSED_S:
-                    session.fail(Nacked(f"a queue has refused publishes for {REFUSED_S:g} s"))
-                await _within(deadline_s, asyncio.sleep(backoff.next_s()))
-            except Lost as lost:
-                if mine is not None and _is_about(lost.reason, encoded):
-                    # The broker refuses the first one that it may not take, and ignores what follows on that channel.
-                    # So the last one sent there was certainly not stored; those before it may have been.
-                    progress.maybe_stored = sent_before or self._sent_to[encoded.exchange] != mine
-                    self._judge(lost.reason, encoded, progress)
-                progress.trouble = f"the connection was lost ({lost})"
-                session.fail(lost.reason)
+    async def _after_refusal(self, session: Session, progress: _Progress, deadline_s: float) -> None:
+        """Return when it is time for the next try."""
+        # Another queue may have stored it: a nack says only that one did not.
+        progress.trouble = "a queue refuses it (it is full, or lost its majority)"
+        now_s = asyncio.get_running_loop().time()
+        progress.backoff = progress.backoff or Backoff()
+        if progress.refused_by is not session:
+            progress.refused_by, progress.refused_s = session, now_s
+        elif now_s - progress.refused_s > REFUSED_S:
+            session.fail(Nacked(f"a queue has refused publishes for {REFUSED_S:g} s"))
+        await _within(deadline_s, asyncio.sleep(progress.backoff.next_s()))
 
     def _judge(self, reason: BaseException | None, encoded: Encoded, progress: _Progress) -> None:
         """Raise if trying again is no use."""
