@@ -72,9 +72,17 @@ class Figures:
         return statistics.median(values) if values else None
 
     def ratio(self, over: tuple[str, str, str], under: tuple[str, str, str]) -> float | None:
-        """One median over another, or None if either was not measured."""
-        above, below = self.median(*over), self.median(*under)
-        return None if above is None or not below else round(above / below, 3)
+        """The median of the rounds' ratios, or None if either was not measured.
+
+        What a machine does besides changes within minutes: two cells of one round are nearer to one another than two
+        medians of the whole run. Those are divided where the rounds are not the same, as one of them failed.
+        """
+        above, below = self.rounds.get(over), self.rounds.get(under)
+        if not above or not below or not all(below):
+            return None
+        if len(above) != len(below):
+            return round(statistics.median(above) / statistics.median(below), 3)
+        return round(statistics.median(one / other for one, other in zip(above, below, strict=True)), 3)
 
 
 def rate_of(answers: Sequence[Answer]) -> float:

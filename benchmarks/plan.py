@@ -50,7 +50,7 @@ GROUPS = {
 }
 
 # Slow programs get fewer events, so that a round takes each about as long.
-SHARES = {OURS: 2.0, C: 2.0, PIKA: 0.5, FASTSTREAM: 0.5, AIO_PIKA: 0.5, TASKIQ: 0.5, CELERY: 0.2, DRAMATIQ: 0.2}
+SHARES = {OURS: 2.0, C: 2.0, FASTSTREAM: 0.5, PIKA: 0.5, AIO_PIKA: 0.5, TASKIQ: 0.5, CELERY: 0.2, DRAMATIQ: 0.2}
 ONE_BY_ONE = 0.1  # of the events
 LATENCY_RATE = 500.0
 LATENCY_S = 5.0
@@ -93,6 +93,7 @@ def cells(events: int, *, quick: bool = False) -> list[Cell]:
     """Everything that `make bench` measures, with about *events* events each; *quick* leaves out what takes long."""
     return [
         *_stores(events),
+        *_targets(events),
         *_compared(events, quick=quick),
         *_variants(events, quick=quick),
         *_outbox(quick=quick),
@@ -104,6 +105,14 @@ def _stores(events: int) -> Iterator[Cell]:
     """Just before ours in every round: the machine is as it is for the store that they are compared with."""
     for database in STORES:
         yield replace(_cell("flow", OURS, events, "idempotency", variant=in_store(database)), database=database)
+
+
+def _targets(events: int) -> Iterator[Cell]:
+    """Just before ours, too."""
+    ours = events * SHARES[OURS]
+    yield _cell("flow", OURS, ours, "tracing", variant="with tracing", tracing=True)
+    yield _cell("flow", OURS, ours, "subscriptions", variant="1000 subscriptions", subscriptions=1000)
+    yield _cell("flow", OURS, ours, "slow", variant="a slow handler among fast ones", slow_every=5000)
 
 
 def _compared(events: int, *, quick: bool) -> Iterator[Cell]:
@@ -120,12 +129,9 @@ def _compared(events: int, *, quick: bool) -> Iterator[Cell]:
 
 
 def _variants(events: int, *, quick: bool) -> Iterator[Cell]:
-    ours = events * SHARES[OURS]
-    yield _cell("flow", OURS, ours, "tracing", variant="with tracing", tracing=True)
-    yield _cell("flow", OURS, ours, "subscriptions", variant="1000 subscriptions", subscriptions=1000)
-    yield _cell("flow", OURS, ours, "slow", variant="a slow handler among fast ones", slow_every=5000)
     if quick:
         return
+    ours = events * SHARES[OURS]
     yield _cell("flow", OURS, ours, "subscriptions", variant="10 subscriptions", subscriptions=10)
     yield _cell("flow", OURS, ours, "idempotency", variant="without idempotency", idempotency="")
     yield replace(_cell("flow", OURS, ours * 2, "processes", variant="2 processes"), processes=2)

@@ -75,7 +75,16 @@ def test_percentiles_are_of_what_came_after_the_warm_up() -> None:
     assert [figure.value for figure in latencies_of(answer)] == [51.0, 100.0, 100.9]
 
 
-def test_ratios_are_of_medians_and_name_what_was_measured_only() -> None:
+def test_a_ratio_is_the_median_of_what_it_was_in_each_round() -> None:
+    figures = Figures()
+    for ours, c in ((10.0, 20.0), (80.0, 100.0), (300.0, 400.0)):  # a machine that gets faster as it goes
+        figures.add(OURS, "", Figure(HANDLE, ours))
+        figures.add(C, "", Figure(HANDLE, c))
+
+    assert ratios_of(figures) == {"handle_vs_c": 0.75}
+
+
+def test_ratios_of_unlike_rounds_are_of_medians_and_only_what_was_measured_has_one() -> None:
     figures = Figures()
     for value in (10.0, 80.0, 90.0):
         figures.add(OURS, "", Figure(HANDLE, value))
