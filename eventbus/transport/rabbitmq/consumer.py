@@ -69,6 +69,7 @@ class _Feed:
         self._source = source
         self._stretch: _Stretch | None = None
         self._left: list[_Stretch] = []  # channels that bring nothing more, each with a slow handler
+        self._next: asyncio.Task[Receiving] | None = None  # the channel to move on to, on its way to being open
         self._unsettled = 0  # of all channels, but for what is held
         self._calm = 0  # how many in a row came through without suspicion
         self._is_wide = False
@@ -82,13 +83,13 @@ class _Feed:
         self._has_stopped = asyncio.Event()
         session.when_ended(self._wake.set)
 
-    async def begin(self) -> None:
+    async def begin(self, channel: Receiving | None = None) -> None:
         """Consume, on a fresh channel: cancel and consume on one channel breaks on 3.10.8 (rabbitmq-server #5927).
 
         Raises:
             Lost: the session died, or the broker refused.
         """
-        self._stretch = stretch = _Stretch(self, await open_receiving(self.session))
+        self._stretch = stretch = _Stretch(self, channel or await open_receiving(self.session))
         self._calm = 0
         await stretch.channel.consume(self.queue, self._source.prefetch if self._is_wide else 1, stretch.take)
 
@@ -167,6 +168,8 @@ class _Feed:
             self.session.fail(error)
         finally:
             self._has_stopped.set()
+            if self._next is not None:
+                self._next.cancel()
 
     async def _carry(self) -> None:
         stretch = self._stretch
@@ -179,7 +182,11 @@ class _Feed:
         elif self._is_turning and self._unsettled == 0:
             await self._go_on()
         elif not self._is_turning and stretch.batch.behind >= BEHIND and self._may_leave(stretch):
-            await self._move_on(stretch)
+            # Opened beside: while a call waits for its answer nothing is settled here, and soon nothing more comes.
+            if self._next is None:
+                self._next = asyncio.create_task(self._open_next(), name=f"eventbus moving on in {self.queue}")
+            elif self._next.done():
+                await self._move_on(stretch, self._next)
         for left in list(self._left):
             is_over = not left.unsettled  # asked before: what is settled while this batch is sent is in the next one
             await left.channel.settle(left.batch.take())
@@ -201,12 +208,17 @@ class _Feed:
         unsettled = stretch.unsettled + sum(left.unsettled for left in self._left)
         return len(self._left) < MOST_LEFT and unsettled * 4 < self._source.prefetch
 
-    async def _move_on(self, stretch: _Stretch) -> None:
+    async def _open_next(self) -> Receiving:
+        try:
+            return await open_receiving(self.session)
+        finally:
+            self._wake.set()
+
+    async def _move_on(self, stretch: _Stretch, opened: asyncio.Task[Receiving]) -> None:
         """Leave *stretch* to its slow handler; what it brought is settled there."""
-        await stretch.channel.cancel()
-        if not self._is_turning and not self._is_stopping:  # in the last that it brought
-            self._left.append(stretch)
-            await self.begin()
+        self._next = None
+        self._left.append(stretch)
+        await asyncio.gather(stretch.channel.cancel(), self.begin(opened.result()))
 
     async def _close_all(self) -> None:
         stretches = [*self._left, *([self._stretch] if self._stretch else [])]

@@ -86,8 +86,9 @@ async def test_what_ends_while_its_left_channel_is_settled_is_acked_before_that_
     slow, *fast, last = taken
     for delivery in fast:
         delivery.ack()
-    await until(lambda: len(channels) == 3)  # it has moved on
-    assert wide.is_cancelled
+    await until(lambda: wide.is_cancelled)  # it has moved on
+    assert len(channels) == 3
+    await until(lambda: channels[2].prefetch == 100)
     assert not wide.is_closed
     wide.during_settle = slow.ack
     last.ack()  # what is settled when the slow one ends
@@ -96,3 +97,45 @@ async def test_what_ends_while_its_left_channel_is_settled_is_acked_before_that_
     await running
 
     assert all(wide.is_acked(tag) for tag in range(1, BEHIND + 3))
+
+
+async def test_what_is_being_opened_to_move_on_to_ends_with_the_feed(monkeypatch: pytest.MonkeyPatch) -> None:
+    channels: list[Channel] = []
+    ended: list[str] = []
+
+    async def open_receiving(_session: object) -> Channel:
+        if len(channels) == 2:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append("opening")
+        channels.append(Channel())
+        return channels[-1]
+
+    monkeypatch.setattr(consumer, "open_receiving", open_receiving)
+    session = SimpleNamespace(is_live=True, when_ended=lambda _: None, fail=pytest.fail, reason=None)
+    taken: list[Delivery] = []
+    feed = consumer._Feed(session, Source("q", 100, taken.append))  # type: ignore[arg-type]  # all that it asks for
+    await feed.begin()
+    running = asyncio.create_task(feed.run())
+    await asyncio.sleep(0)
+    for tag in range(1, PROBATION + 1):
+        channels[0].bring(incoming(tag))
+        taken.pop().ack()
+    await until(lambda: len(channels) == 2)
+    wide = channels[1]
+
+    for tag in range(1, BEHIND + 2):
+        wide.bring(incoming(tag))
+    for delivery in taken[1:]:
+        delivery.ack()
+    await until(lambda: feed._next is not None)
+    wide.bring(incoming(BEHIND + 2))  # it still brings, and what it brings is settled, while the next one is opened
+    taken[-1].ack()
+    await until(lambda: wide.is_acked(BEHIND + 2))
+    assert not wide.is_cancelled
+
+    feed.finish()
+    await running
+    await until(lambda: bool(ended))
+    assert wide.is_closed
