@@ -60,6 +60,8 @@ log = logging.getLogger("eventbus.delivery")
 
 FIRST_BACKOFF_S = 0.1
 LONGEST_BACKOFF_S = 10.0
+# Where one of a burst has had to wait, so many deliveries are not taken in bursts; twice as many if it happens again.
+FIRST_ALONE, MOST_ALONE = 100, 10_000
 
 # What became of one handler's part of a delivery: settled (done, or its copy is confirmed), nothing (leave it to the
 # broker), or unpublishable (no copy can be made: the broker moves the original, untouched).
@@ -180,6 +182,7 @@ class ServiceConsumer:
         self._slots = Slots(service.concurrency)
         self._tasks: set[asyncio.Task[None]] = set()
         self._burst: deque[Delivery] | None = None  # what came since the event loop last turned
+        self._alone, self._next_alone = 0, FIRST_ALONE  # deliveries that get a task of their own from the start
         self.stuck = 0  # retries and dead letters whose copies the broker does not take
         self._forced = False
         self._renewal: Timer | None = None
@@ -194,6 +197,10 @@ class ServiceConsumer:
 
     def deliver(self, delivery: Delivery) -> None:
         """Take *delivery*; never blocks, never raises."""
+        if self._alone:
+            self._alone -= 1
+            self._begin(self._take_alone(delivery))
+            return
         if self._burst is None:
             self._burst = deque()
             self._begin(self._take_all(self._burst))
@@ -232,20 +239,30 @@ class ServiceConsumer:
     async def _take_all(self, burst: deque[Delivery]) -> None:
         """Take what came together, one after the other as long as nothing has to wait: a task costs as much as a claim.
 
-        As soon as one waits, or leaves its task another one than it found, the others get tasks of their own.
+        As soon as one waits, or leaves its task another one than it found, the others get tasks of their own; and so do
+        those that come next, for with a store that has to be asked every first one waits: asked with all others of a
+        turn it costs one round trip, asked before them two.
         """
         self._burst = None
-        task, untouched = _current_task(), contextvars.copy_context()
-        if len(burst) > 1:
-            task.get_loop().call_soon(self._spread, burst)
+        task, untouched, several, taken = _current_task(), contextvars.copy_context(), len(burst), 0
+        if several > 1:
+            task.get_loop().call_soon(self._spread_behind_one_that_waits, burst)
         try:
             while burst:
+                taken += 1
                 await self._take(burst.popleft(), task)
                 if task.cancelling() or not _is_same(contextvars.copy_context(), untouched):
                     break
         finally:
             self._spread(burst)
             self._tasks.discard(task)
+        if taken == several > 1:
+            self._next_alone = FIRST_ALONE
+
+    def _spread_behind_one_that_waits(self, burst: deque[Delivery]) -> None:
+        if burst:
+            self._alone, self._next_alone = self._next_alone, min(2 * self._next_alone, MOST_ALONE)
+            self._spread(burst)
 
     def _spread(self, burst: deque[Delivery]) -> None:
         while burst:

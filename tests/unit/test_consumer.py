@@ -22,6 +22,7 @@ from eventbus.dead_letters import DeadLetter
 from eventbus.envelope import encode
 from eventbus.failure import LONGEST_ERROR, LONGEST_TRACE
 from eventbus.idempotency.base import LEASE, Claim, Mine
+from eventbus.idempotency.memory import MemoryStore
 from eventbus.message import Message
 from eventbus.transport.base import NotPublished, Publication, Unpublishable
 from tests.rig import FlakyStore, Rig, until
@@ -318,6 +319,42 @@ async def test_what_came_together_with_one_that_waits_does_not_wait_for_it() -> 
 
     assert begun == [0, 1, 2, 3]
     assert handled == [0, 2, 3, 1]
+
+
+async def test_a_store_that_has_to_be_asked_is_asked_for_all_of_a_turn_together() -> None:
+    turns: list[int] = []
+
+    async def handle(event: Placed) -> None: ...
+
+    class Asked(MemoryStore):
+        """Answers in the next turn of the event loop all that was asked for in one, as a shared store does."""
+
+        _answer: asyncio.Future[None] | None = None
+
+        async def claim(self, key: str, lease: timedelta) -> Claim:
+            if self._answer is None:
+                self._answer = asyncio.get_running_loop().create_future()
+                asyncio.get_running_loop().call_soon(self._reply)
+                turns.append(0)
+            turns[-1] += 1
+            await self._answer
+            return await super().claim(key, lease)
+
+        def _reply(self) -> None:
+            assert self._answer is not None
+            self._answer.set_result(None)
+            self._answer = None
+
+    async with Rig(service(handle, prefetch=500, concurrency=500), store=Asked()) as rig:
+        for size in (50, 60, 40, 70, 90):
+            await rig.consumer.inner.pause()
+            for number in range(size):
+                await rig.publish(Placed(order_id=number))
+            await rig.consumer.inner.resume()
+            await rig.settled()
+
+    # The first of all alone, for nobody knows yet; then a hundred with whatever comes with them, then two hundred.
+    assert turns == [1, 49, 60, 40, 1, 69, 90]
 
 
 USER: contextvars.ContextVar[int | None] = contextvars.ContextVar("user", default=None)
