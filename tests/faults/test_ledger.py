@@ -174,6 +174,7 @@ def test_a_run_that_was_broken_off_goes_on_with_what_is_missing_of_its_way(
         )
     )
 
+    monkeypatch.delenv("EVENTBUS_LANE", raising=False)  # all tests run without the lane, too
     assert report.faults_of("4.3", tmp_path) == {"nothing"}
     monkeypatch.setenv("EVENTBUS_LANE", "off")
     assert report.faults_of("4.3", tmp_path) == {"worker-killed"}
