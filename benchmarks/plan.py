@@ -91,10 +91,13 @@ class Cell:
 
 def cells(events: int, *, quick: bool = False) -> list[Cell]:
     """Everything that `make bench` measures, with about *events* events each; *quick* leaves out what takes long."""
+    compared = list(_compared(events, quick=quick))
+    asked = [cell for cell in compared if cell.program in (OURS, C, FASTSTREAM) and cell.variant in ("", "one by one")]
     return [
         *_stores(events),
         *_targets(events),
-        *_compared(events, quick=quick),
+        *compared,
+        *([] if quick else 2 * [*_targets(events), *asked]),  # of three figures one bad second would decide
         *_variants(events, quick=quick),
         *_outbox(quick=quick),
         *_once(events, quick=quick),
