@@ -171,7 +171,6 @@ class ServiceConsumer:
 
     def __init__(self, service: Service[Any], subscriptions: Iterable[Subscription], environment: Environment) -> None:
         self.service = service
-        self._name = service.name
         self.state: object = None  # what the lifespan yielded; set before the first delivery
         self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
         self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
@@ -350,7 +349,7 @@ class ServiceConsumer:
             return Unmatched("no-handler", f"service {self.service.name!r} has no {what} in this program")
         try:
             event = subscription.read(envelope)
-            key = subscription.idempotency_key(self._name, envelope, event)
+            key = subscription.idempotency_key(self.service.name, envelope, event)
         except UnknownVersion as error:
             return Unmatched("unknown-version", str(error))
         except EnvelopeError as error:

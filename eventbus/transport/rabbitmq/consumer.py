@@ -168,8 +168,8 @@ class _Feed:
             self.session.fail(error)
         finally:
             self._has_stopped.set()
-            if self._next is not None:
-                self._next.cancel()
+            if self._next is not None and not self._next.cancel() and not self._next.cancelled():
+                self._next.exception()  # seen: nobody moves on any more
 
     async def _carry(self) -> None:
         stretch = self._stretch

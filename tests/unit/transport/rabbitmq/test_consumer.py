@@ -58,6 +58,21 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
+async def gone_wide(channels: Sequence[Channel]) -> tuple[consumer._Feed, asyncio.Task[None], list[Delivery]]:
+    """A feed that is through its probation and consumes on the second of *channels*, who runs it, and what it takes."""
+    session = SimpleNamespace(is_live=True, when_ended=lambda _: None, fail=pytest.fail, reason=None)
+    taken: list[Delivery] = []
+    feed = consumer._Feed(session, Source("q", 100, taken.append))  # type: ignore[arg-type]  # all that it asks for
+    await feed.begin()
+    running = asyncio.create_task(feed.run())
+    await asyncio.sleep(0)
+    for tag in range(1, PROBATION + 1):
+        channels[0].bring(incoming(tag))
+        taken.pop().ack()
+    await until(lambda: len(channels) == 2)
+    return feed, running, taken
+
+
 async def test_what_ends_while_its_left_channel_is_settled_is_acked_before_that_is_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -68,17 +83,7 @@ async def test_what_ends_while_its_left_channel_is_settled_is_acked_before_that_
         return channels[-1]
 
     monkeypatch.setattr(consumer, "open_receiving", open_receiving)
-    session = SimpleNamespace(is_live=True, when_ended=lambda _: None, fail=pytest.fail, reason=None)
-    taken: list[Delivery] = []
-    feed = consumer._Feed(session, Source("q", 100, taken.append))  # type: ignore[arg-type]  # all that it asks for
-    await feed.begin()
-    running = asyncio.create_task(feed.run())
-    await asyncio.sleep(0)
-
-    for tag in range(1, PROBATION + 1):
-        channels[0].bring(incoming(tag))
-        taken.pop().ack()
-    await until(lambda: len(channels) == 2)
+    feed, running, taken = await gone_wide(channels)
     wide = channels[1]
     assert wide.prefetch == 100
     for tag in range(1, BEHIND + 3):
@@ -113,16 +118,7 @@ async def test_what_is_being_opened_to_move_on_to_ends_with_the_feed(monkeypatch
         return channels[-1]
 
     monkeypatch.setattr(consumer, "open_receiving", open_receiving)
-    session = SimpleNamespace(is_live=True, when_ended=lambda _: None, fail=pytest.fail, reason=None)
-    taken: list[Delivery] = []
-    feed = consumer._Feed(session, Source("q", 100, taken.append))  # type: ignore[arg-type]  # all that it asks for
-    await feed.begin()
-    running = asyncio.create_task(feed.run())
-    await asyncio.sleep(0)
-    for tag in range(1, PROBATION + 1):
-        channels[0].bring(incoming(tag))
-        taken.pop().ack()
-    await until(lambda: len(channels) == 2)
+    feed, running, taken = await gone_wide(channels)
     wide = channels[1]
 
     for tag in range(1, BEHIND + 2):
