@@ -508,8 +508,9 @@ async def _listened(engine: AsyncEngine) -> None:
 
 
 async def _end_listeners(engine: AsyncEngine) -> None:
+    """Return when they have ended: one that is still to end would be taken for the next one."""
     async with engine.connect() as connection:
-        await connection.execute(text(f"SELECT pg_terminate_backend(pid) {_LISTENERS}"))
+        await connection.execute(text(f"SELECT pg_terminate_backend(pid, 30000) {_LISTENERS}"))
 
 
 async def test_a_relay_waits_for_its_database_and_goes_on(
