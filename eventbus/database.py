@@ -7,6 +7,7 @@ SQLAlchemy, so that Alembic can look after them as well. SQLite and PostgreSQL; 
 from __future__ import annotations
 
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Any  # Any: what a driver takes
 
@@ -188,11 +189,26 @@ def _postgresql(url: str) -> AsyncEngine:
 
 def _sqlite(url: str) -> AsyncEngine:
     parsed = make_url(url).set(drivername="sqlite+aiosqlite")
-    engine = create_async_engine(parsed, pool_size=1, max_overflow=0, hide_parameters=True)
+    options = {"factory": _SqliteConnection}
+    engine = create_async_engine(parsed, pool_size=1, max_overflow=0, hide_parameters=True, connect_args=options)
     event.listen(engine.sync_engine, "do_connect", _try_sqlite)
     event.listen(engine.sync_engine, "connect", _configure_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_immediate)
     return engine
+
+
+class _SqliteConnection(sqlite3.Connection):
+    """Ends its transaction before it is closed.
+
+    SQLite keeps a connection, and its locks, for as long as anything holds a cursor whose rows were not all read. What
+    was cancelled in the middle of a statement does, in its traceback: everybody else found the database locked.
+    """
+
+    def close(self) -> None:
+        with suppress(sqlite3.ProgrammingError):  # closed already, which may be said twice
+            if self.in_transaction:
+                self.rollback()
+        super().close()
 
 
 def _try_sqlite(_: Dialect, __: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -257,6 +257,17 @@ class InContainer:
         self._docker.get_docker_client().client.close()
 
 
+def children_of(pid: int) -> list[int]:
+    """Who was started by process *pid*, and lives. None where there is no /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = stat.read_text().rpartition(")")[2].split()[1]  # behind its name, which may be anything
+            if int(parent) == pid:
+                found.append(int(stat.parent.name))
+    return found
+
+
 class Native:
     """A private process of the installed program: own port, own folder, on a leash."""
 
@@ -289,7 +300,12 @@ class Native:
         if self._process is None or self._leash is None:
             return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.kill(self._process.pid, signal.SIGSTOP)  # so that it starts no more of them
+        # PostgreSQL's processes each lead a group of their own. Left to themselves they see that the first one is gone,
+        # but not at once: until then they answer.
+        for pid in [self._process.pid, *children_of(self._process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._leash.drop()
         self._process.wait(timeout=CTL_S)
         self._process = self._leash = None

@@ -11,7 +11,7 @@ from datetime import timedelta
 import asyncpg
 import pytest
 from redis.asyncio import Redis
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from eventbus.database import KEYS, open_engine
 from eventbus.errors import SetupError, StoreError
@@ -57,6 +57,31 @@ async def test_done_is_forgotten_by_the_clock_of_the_store(shared_store_url: str
 
         assert await store.claim("a", LEASE) == Done()
         assert (await crashed(store, "a")).crashes == 0
+
+
+# ── a connection that was lost in the middle of a statement ─────────────────────────────────────────────────────────
+
+
+async def test_a_statement_that_was_cancelled_leaves_no_lock_on_a_sqlite_file(sqlite_url: str) -> None:
+    await make_tables(sqlite_url)
+    engine, other = open_engine(sqlite_url), open_engine(sqlite_url)
+    async with shared_store(sqlite_url) as store:
+        await claimed(store, "a")
+    async with engine.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        await driver.execute("BEGIN IMMEDIATE")
+        # As a cancelled task's traceback holds it: with rows that nobody has read.
+        held = await driver.execute("UPDATE eventbus_keys SET token = token RETURNING key")
+        await connection.invalidate()
+
+        async with other.connect() as another:
+            await another.execute(text("DELETE FROM eventbus_keys"))
+            await another.commit()
+        del held
+
+    await engine.dispose()
+    await other.dispose()
 
 
 # ── cleaning up ─────────────────────────────────────────────────────────────────────────────────────────────────────
