@@ -86,7 +86,7 @@ class Lanes:
         session = cast("Session", lanes)
         lanes._numbers = [*CONSUMING, PUBLISHING]
         for number in CONSUMING:
-            await (await LaneConsuming.open(session)).consume("work", 10, lanes._taking(number))
+            await (await LaneConsuming.open(session, 10)).consume("work", lanes._taking(number))
         lanes._publishing = await LanePublishing.open(session)
         return lanes
 

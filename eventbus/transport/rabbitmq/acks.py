@@ -37,11 +37,13 @@ class AckBatch:
         self._behind: set[int] = set()  # settled, behind a gap
         self._acks: list[int] = []  # of those
         self._rejects: list[int] = []
+        self._gap = 0  # what was the lowest open one as something was last settled behind it
+        self._waited = 0
 
     @property
-    def behind(self) -> int:
-        """How many were settled behind the first that is not: each takes an ack of its own."""
-        return len(self._behind)
+    def waited(self) -> int:
+        """How long the lowest open one has been that: so many were settled behind it meanwhile, each acked singly."""
+        return self._waited if self._gap == self._lowest_open else 0
 
     def ack(self, tag: int) -> None:
         if tag == self._lowest_open:
@@ -49,7 +51,7 @@ class AckBatch:
             self._last = tag
             self._close_gap()
         else:
-            self._behind.add(tag)
+            self._settled_behind(tag)
             self._acks.append(tag)
 
     def reject(self, tag: int) -> None:
@@ -57,7 +59,13 @@ class AckBatch:
         if tag == self._lowest_open:
             self._close_gap()
         else:
-            self._behind.add(tag)
+            self._settled_behind(tag)
+
+    def _settled_behind(self, tag: int) -> None:
+        self._behind.add(tag)
+        if self._gap != self._lowest_open:
+            self._gap, self._waited = self._lowest_open, 0
+        self._waited += 1
 
     def _close_gap(self) -> None:
         self._lowest_open += 1

@@ -177,14 +177,17 @@ class ConsumingChannel:
         self._consumer_tag: str | None = None
 
     @classmethod
-    async def open(cls, session: Session) -> ConsumingChannel:
+    async def open(cls, session: Session, prefetch: int) -> ConsumingChannel:
+        """One that brings at most *prefetch* before they are settled; what `get` brings is not counted."""
         channel = await session.open_channel()
         channel.on_consumer_cancel_callbacks.add(
             lambda frame: session.fail(ConsumerCancelled(f"the broker cancelled the consumer {frame.consumer_tag}"))
         )
+        async with Calling(session, channel):
+            await channel.basic_qos(prefetch_count=prefetch)
         return cls(session, channel)
 
-    async def consume(self, queue: str, prefetch: int, deliver: Callable[[Incoming], None]) -> None:
+    async def consume(self, queue: str, deliver: Callable[[Incoming], None]) -> None:
         """Have each delivery given to *deliver*, which must return at once.
 
         Raises:
@@ -195,7 +198,6 @@ class ConsumingChannel:
             deliver(_decoded(message))
 
         async with Calling(self._session, self._channel):
-            await self._channel.basic_qos(prefetch_count=prefetch)
             answer = await self._channel.basic_consume(queue, on_message)
         self._consumer_tag = answer.consumer_tag
 

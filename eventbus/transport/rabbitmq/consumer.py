@@ -30,8 +30,8 @@ from eventbus.transport.rabbitmq.way import Receiving, open_receiving
 PROBATION: Final = 3  # deliveries of a queue that must come through before it goes wide
 SUSPICIOUS_COUNT: Final = 3  # handed out this often before: it may be what ended those sessions
 # Settled behind a slow one before a fresh channel is worth its round trips; and how many channels may be left so.
-BEHIND: Final = 500
-MOST_LEFT: Final = 8
+BEHIND: Final = 100
+MOST_LEFT: Final = 32
 
 
 class _Stretch:
@@ -42,6 +42,10 @@ class _Stretch:
         self.channel = channel
         self.batch = AckBatch()
         self.unsettled = 0
+        self.fewest = (
+            feed.prefetch
+        )  # unsettled, since its settlements were last sent: what has just come is no sign of slowness
+        self.is_cancelled = False  # and brings nothing more
         self._feed = feed
 
     def take(self, incoming: Incoming) -> None:
@@ -57,6 +61,8 @@ class _Stretch:
 
     def _settled(self, delivery: RabbitDelivery) -> None:
         self.unsettled -= 1
+        if self.unsettled < self.fewest:
+            self.fewest = self.unsettled
         self._feed.settled(delivery)
 
 
@@ -65,11 +71,13 @@ class _Feed:
 
     def __init__(self, session: Session, source: Source) -> None:
         self.session = session
-        self.queue = source.queue
+        self.queue, self.prefetch = source.queue, source.prefetch
         self._source = source
         self._stretch: _Stretch | None = None
-        self._left: list[_Stretch] = []  # channels that bring nothing more, each with a slow handler
-        self._next: asyncio.Task[Receiving] | None = None  # the channel to move on to, on its way to being open
+        self._left: list[_Stretch] = []  # each with a slow handler
+        self._moving: asyncio.Task[None] | None = None
+        self._spare: Receiving | None = None  # to move on to: where one handler was slow others will be
+        self._closing = set[asyncio.Task[None]]()  # channels that were left, and are settled
         self._unsettled = 0  # of all channels, but for what is held
         self._calm = 0  # how many in a row came through without suspicion
         self._is_wide = False
@@ -83,15 +91,16 @@ class _Feed:
         self._has_stopped = asyncio.Event()
         session.when_ended(self._wake.set)
 
-    async def begin(self, channel: Receiving | None = None) -> None:
+    async def begin(self) -> None:
         """Consume, on a fresh channel: cancel and consume on one channel breaks on 3.10.8 (rabbitmq-server #5927).
 
         Raises:
             Lost: the session died, or the broker refused.
         """
-        self._stretch = stretch = _Stretch(self, channel or await open_receiving(self.session))
+        prefetch = self.prefetch if self._is_wide else 1
+        self._stretch = stretch = _Stretch(self, await open_receiving(self.session, prefetch))
         self._calm = 0
-        await stretch.channel.consume(self.queue, self._source.prefetch if self._is_wide else 1, stretch.take)
+        await stretch.channel.consume(self.queue, stretch.take)
 
     # ── notes ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -157,9 +166,9 @@ class _Feed:
             self.take(incoming, stretch)
         try:
             while not self._is_closing and self.session.is_live:
+                await self._carry()
                 await self._wake.wait()
                 self._wake.clear()
-                await self._carry()
             await self._close_all()
         except Lost as lost:
             self.session.fail(lost.reason)
@@ -168,31 +177,38 @@ class _Feed:
             self.session.fail(error)
         finally:
             self._has_stopped.set()
-            if self._next is not None and not self._next.cancel() and not self._next.cancelled():
-                self._next.exception()  # seen: nobody moves on any more
+            beside = [*self._closing, *([self._moving] if self._moving else [])]
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
 
     async def _carry(self) -> None:
+        is_taking = not (self._is_stopping or self._is_turning)
+        if self._moving is not None and (self._moving.done() or not is_taking):
+            await self._moving
+            self._moving = None
         stretch = self._stretch
         assert stretch is not None
-        if self._is_stopping or self._is_turning:
-            await stretch.channel.cancel()  # before anything is settled, which would make room for more
+        if not is_taking:
+            await stretch.channel.cancel()  # as in `_close_all`
         await stretch.channel.settle(stretch.batch.take())
+        fewest, stretch.fewest = stretch.fewest, stretch.unsettled
         if self._is_stopping:
             self._has_stopped.set()
         elif self._is_turning and self._unsettled == 0:
             await self._go_on()
-        elif not self._is_turning and stretch.batch.behind >= BEHIND and self._may_leave(stretch):
-            # Opened beside: while a call waits for its answer nothing is settled here, and soon nothing more comes.
-            if self._next is None:
-                self._next = asyncio.create_task(self._open_next(), name=f"eventbus moving on in {self.queue}")
-            elif self._next.done():
-                await self._move_on(stretch, self._next)
+        elif is_taking and stretch.batch.waited >= BEHIND and self._moving is None and self._may_leave(fewest):
+            # Beside: while a call waits for its answer nothing is settled here, and soon nothing more comes.
+            self._moving = asyncio.create_task(self._move_on(stretch), name=f"eventbus moving on in {self.queue}")
         for left in list(self._left):
-            is_over = not left.unsettled  # asked before: what is settled while this batch is sent is in the next one
+            # Asked before: what is settled while this batch is sent is in the next one.
+            is_over = left.is_cancelled and not left.unsettled
             await left.channel.settle(left.batch.take())
             if is_over:
                 self._left.remove(left)
-                await left.channel.close()
+                closing = asyncio.create_task(self._close_beside(left), name=f"eventbus closing in {self.queue}")
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
 
     async def _go_on(self) -> None:
         """The channel is cancelled and everything on it settled, but what is held."""
@@ -203,28 +219,36 @@ class _Feed:
             self._is_wide, self._is_turning = not self._is_wide, False
             await self.begin()
 
-    def _may_leave(self, stretch: _Stretch) -> bool:
+    def _may_leave(self, unsettled: int) -> bool:
         # The prefetch bounds what one channel brings: with those that were left it must not come to much more.
-        unsettled = stretch.unsettled + sum(left.unsettled for left in self._left)
-        return len(self._left) < MOST_LEFT and unsettled * 4 < self._source.prefetch
+        unsettled += sum(left.unsettled for left in self._left)
+        return len(self._left) < MOST_LEFT and unsettled * 4 < self.prefetch
 
-    async def _open_next(self) -> Receiving:
+    async def _move_on(self, stretch: _Stretch) -> None:
+        """Leave *stretch* to its slow handler; what it brought is settled there."""
         try:
-            return await open_receiving(self.session)
+            channel = self._spare or await open_receiving(self.session, self.prefetch)
+            self._spare = None
+            self._left.append(stretch)
+            self._stretch = fresh = _Stretch(self, channel)
+            await asyncio.gather(stretch.channel.cancel(), fresh.channel.consume(self.queue, fresh.take))
+            stretch.is_cancelled = True
+            self._spare = await open_receiving(self.session, self.prefetch)
         finally:
             self._wake.set()
 
-    async def _move_on(self, stretch: _Stretch, opened: asyncio.Task[Receiving]) -> None:
-        """Leave *stretch* to its slow handler; what it brought is settled there."""
-        self._next = None
-        self._left.append(stretch)
-        await asyncio.gather(stretch.channel.cancel(), self.begin(opened.result()))
+    async def _close_beside(self, left: _Stretch) -> None:
+        try:
+            await left.channel.close()
+        except Lost as lost:
+            self.session.fail(lost.reason)
 
     async def _close_all(self) -> None:
         stretches = [*self._left, *([self._stretch] if self._stretch else [])]
         self._left, self._stretch = [], None
         for stretch in stretches:
             if self.session.is_live:
+                await stretch.channel.cancel()  # before anything is settled, which would make room for more
                 await stretch.channel.settle(stretch.batch.take())
                 await stretch.channel.close()
 

@@ -250,16 +250,19 @@ class LaneConsuming:
         self._parts: list[bytes] = []
 
     @classmethod
-    async def open(cls, session: Session) -> LaneConsuming:
+    async def open(cls, session: Session, prefetch: int) -> LaneConsuming:
+        """One that brings at most *prefetch* before they are settled."""
         channel = await session.open_channel()
         channel.on_consumer_cancel_callbacks.add(
             lambda frame: session.fail(ConsumerCancelled(f"the broker cancelled the consumer {frame.consumer_tag}"))
         )
         lane = cls(session, channel)
         lane._splitter.enter(lane._number, lane)
+        async with Calling(session, channel):
+            await channel.basic_qos(prefetch_count=prefetch)
         return lane
 
-    async def consume(self, queue: str, prefetch: int, deliver: Callable[[Incoming], None]) -> None:
+    async def consume(self, queue: str, deliver: Callable[[Incoming], None]) -> None:
         """Have each delivery given to *deliver*, which must return at once.
 
         Raises:
@@ -267,7 +270,6 @@ class LaneConsuming:
         """
         self._deliver = deliver
         async with Calling(self._session, self._channel):
-            await self._channel.basic_qos(prefetch_count=prefetch)
             answer = await self._channel.basic_consume(queue, _never)
         self._consumer_tag = answer.consumer_tag
 

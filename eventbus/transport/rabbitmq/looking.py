@@ -58,7 +58,7 @@ class _Look:
         return RabbitDelivery(self, incoming)
 
     async def consume(self) -> None:
-        await self._channel.consume(self.queue, PREFETCH, self._on_arrival)
+        await self._channel.consume(self.queue, self._on_arrival)
 
     def _on_arrival(self, incoming: Incoming) -> None:
         self._arrived.append(RabbitDelivery(self, incoming))
@@ -109,7 +109,7 @@ class _Look:
 async def browse(session: Session, queue: str) -> AsyncGenerator[AsyncIterator[Delivery], None]:
     """`Transport.browse` over *session*."""
     with _explained(session):
-        look = _Look(session, await ConsumingChannel.open(session), queue)
+        look = _Look(session, await ConsumingChannel.open(session, PREFETCH), queue)
         first = await look.next_in_queue()  # at once, so that a missing queue is told at the door
     async with contextlib.aclosing(_one_by_one(look, first)) as deliveries:
         try:
@@ -130,7 +130,7 @@ async def tail(session: Session, exchange: str, pattern: str) -> AsyncGenerator[
     """`Transport.tail` over *session*."""
     with _explained(session):
         queue = await declare_view(session, exchange, pattern)
-        look = _Look(session, await ConsumingChannel.open(session), queue)
+        look = _Look(session, await ConsumingChannel.open(session, PREFETCH), queue)
         await look.consume()
     async with contextlib.aclosing(_for_ever(look)) as deliveries:
         try:

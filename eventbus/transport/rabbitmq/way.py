@@ -47,7 +47,7 @@ class Sending(Protocol):
 class Receiving(Protocol):
     """A channel with one consumer."""
 
-    async def consume(self, queue: str, prefetch: int, deliver: Callable[[Incoming], None]) -> None:
+    async def consume(self, queue: str, deliver: Callable[[Incoming], None]) -> None:
         """Have each delivery given to *deliver*, which must return at once.
 
         Raises:
@@ -73,10 +73,10 @@ async def open_sending(session: Session) -> Sending:
     return await (PublishingChannel if session.splitter is None else LanePublishing).open(session)
 
 
-async def open_receiving(session: Session) -> Receiving:
-    """A channel to consume on.
+async def open_receiving(session: Session, prefetch: int) -> Receiving:
+    """A channel to consume on, that brings at most *prefetch* before they are settled.
 
     Raises:
         Lost: the session died.
     """
-    return await (ConsumingChannel if session.splitter is None else LaneConsuming).open(session)
+    return await (ConsumingChannel if session.splitter is None else LaneConsuming).open(session, prefetch)

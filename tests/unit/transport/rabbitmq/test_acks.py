@@ -44,6 +44,28 @@ def test_the_prefix_goes_on_where_it_ended() -> None:
     assert batch.take() == [Ack(3, is_multiple=True)]
 
 
+@pytest.mark.parametrize(
+    ("settled", "waited"),
+    [
+        ([], 0),
+        ([1, 2], 0),
+        ([2, 3], 2),
+        ([3, 2], 2),
+        ([2, 3, 1], 0),
+        ([3, 4, 1], 0),  # 2 is the lowest now, and nothing was settled since
+        ([3, 4, 1, 5], 1),
+    ],
+)
+def test_how_long_the_lowest_open_one_has_been_that(settled: list[int], waited: int) -> None:
+    batch = AckBatch()
+    for tag in settled:
+        (batch.reject if tag % 2 else batch.ack)(tag)
+
+    assert batch.waited == waited
+    batch.take()
+    assert batch.waited == waited
+
+
 class StrictBroker:
     """Knows what basic.ack and basic.reject mean, and closes the channel where RabbitMQ would."""
 

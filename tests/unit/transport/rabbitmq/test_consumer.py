@@ -15,25 +15,31 @@ from eventbus.transport.rabbitmq.acks import Ack, Settlement
 from eventbus.transport.rabbitmq.channels import Incoming
 from eventbus.transport.rabbitmq.consumer import BEHIND, PROBATION
 
+PREFETCH = 100
+
 
 class Channel:
     """Brings what the test says, and waits for a turn with each settlement, as a full socket does."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefetch: int) -> None:
         self.bring: Callable[[Incoming], None] = lambda _: None
-        self.prefetch = 0
+        self.prefetch = prefetch
         self.told: list[Settlement] = []
-        self.is_cancelled = self.is_closed = False
+        self.is_consumed = self.is_cancelled = self.is_closed = False
+        self.may_cancel = asyncio.Event()
+        self.may_cancel.set()
         self.during_settle: Callable[[], None] = lambda: None
 
-    async def consume(self, queue: str, prefetch: int, deliver: Callable[[Incoming], None]) -> None:
-        self.bring, self.prefetch = deliver, prefetch
+    async def consume(self, queue: str, deliver: Callable[[Incoming], None]) -> None:
+        await asyncio.sleep(0)
+        self.bring, self.is_consumed = deliver, True
 
     async def cancel(self) -> None:
-        await asyncio.sleep(0)
+        await self.may_cancel.wait()
         self.is_cancelled = True
 
     async def settle(self, batch: Sequence[Settlement]) -> None:
+        assert self.is_consumed
         assert not self.is_closed
         for each in batch:
             await asyncio.sleep(0)
@@ -62,76 +68,166 @@ async def gone_wide(channels: Sequence[Channel]) -> tuple[consumer._Feed, asynci
     """A feed that is through its probation and consumes on the second of *channels*, who runs it, and what it takes."""
     session = SimpleNamespace(is_live=True, when_ended=lambda _: None, fail=pytest.fail, reason=None)
     taken: list[Delivery] = []
-    feed = consumer._Feed(session, Source("q", 100, taken.append))  # type: ignore[arg-type]  # all that it asks for
+    feed = consumer._Feed(session, Source("q", PREFETCH, taken.append))  # type: ignore[arg-type]  # all that it asks for
     await feed.begin()
     running = asyncio.create_task(feed.run())
     await asyncio.sleep(0)
     for tag in range(1, PROBATION + 1):
         channels[0].bring(incoming(tag))
         taken.pop().ack()
-    await until(lambda: len(channels) == 2)
+    await until(lambda: len(channels) == 2 and channels[1].is_consumed)
+    assert [channel.prefetch for channel in channels] == [1, PREFETCH]
     return feed, running, taken
 
 
-async def test_what_ends_while_its_left_channel_is_settled_is_acked_before_that_is_closed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    channels: list[Channel] = []
+@pytest.fixture
+def channels(monkeypatch: pytest.MonkeyPatch) -> list[Channel]:
+    """What the feed has opened."""
+    opened: list[Channel] = []
 
-    async def open_receiving(_session: object) -> Channel:
-        channels.append(Channel())
-        return channels[-1]
+    async def open_receiving(_session: object, prefetch: int) -> Channel:
+        await asyncio.sleep(0)
+        opened.append(Channel(prefetch))
+        return opened[-1]
 
     monkeypatch.setattr(consumer, "open_receiving", open_receiving)
-    feed, running, taken = await gone_wide(channels)
-    wide = channels[1]
-    assert wide.prefetch == 100
-    for tag in range(1, BEHIND + 3):
-        wide.bring(incoming(tag))
-    slow, *fast, last = taken
+    return opened
+
+
+def all_but_one(channel: Channel, taken: list[Delivery]) -> Delivery:
+    """Have *channel* bring what makes a feed move on, and settle it but for the first; that one."""
+    del taken[:]
+    for tag in range(1, BEHIND + 2):
+        channel.bring(incoming(tag))
+    slow, *fast = taken
     for delivery in fast:
         delivery.ack()
-    await until(lambda: wide.is_cancelled)  # it has moved on
-    assert len(channels) == 3
-    await until(lambda: channels[2].prefetch == 100)
+    return slow
+
+
+async def feed_ends(feed: consumer._Feed, running: asyncio.Task[None]) -> None:
+    """Have *feed* settle what is acked, close its channels and end."""
+    feed.finish()
+    await running
+
+
+async def test_what_ends_while_its_left_channel_is_settled_is_acked_before_that_is_closed(
+    channels: list[Channel],
+) -> None:
+    feed, running, taken = await gone_wide(channels)
+    wide = channels[1]
+    wide.bring(incoming(BEHIND + 2))
+    last = taken.pop()
+    slow = all_but_one(wide, taken)
+
+    await until(lambda: wide.is_cancelled and channels[2].is_consumed)  # it has moved on
     assert not wide.is_closed
     wide.during_settle = slow.ack
     last.ack()  # what is settled when the slow one ends
     await until(lambda: wide.is_closed)
-    feed.finish()
-    await running
+    await feed_ends(feed, running)
 
     assert all(wide.is_acked(tag) for tag in range(1, BEHIND + 3))
 
 
-async def test_what_is_being_opened_to_move_on_to_ends_with_the_feed(monkeypatch: pytest.MonkeyPatch) -> None:
-    channels: list[Channel] = []
-    ended: list[str] = []
+async def test_behind_a_second_slow_one_a_channel_is_open_already(channels: list[Channel]) -> None:
+    feed, running, taken = await gone_wide(channels)
+    all_but_one(channels[1], taken)
+    await until(lambda: len(channels) == 4)
+    assert [channel.is_consumed for channel in channels] == [True, True, True, False]
 
-    async def open_receiving(_session: object) -> Channel:
-        if len(channels) == 2:
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.append("opening")
-        channels.append(Channel())
-        return channels[-1]
+    all_but_one(channels[2], taken)
+    await until(lambda: channels[2].is_cancelled and channels[3].is_consumed)
+    assert channels[3].prefetch == PREFETCH
 
-    monkeypatch.setattr(consumer, "open_receiving", open_receiving)
+    await feed_ends(feed, running)
+
+
+async def test_a_channel_that_may_still_bring_something_is_not_closed_though_all_on_it_is_settled(
+    channels: list[Channel],
+) -> None:
     feed, running, taken = await gone_wide(channels)
     wide = channels[1]
+    wide.may_cancel.clear()
+    slow = all_but_one(wide, taken)
+    await until(lambda: len(channels) == 3 and channels[2].is_consumed)
 
-    for tag in range(1, BEHIND + 2):
+    slow.ack()
+    await until(lambda: wide.is_acked(1))
+    wide.bring(incoming(BEHIND + 2))  # sent before the broker heard of the cancel
+    taken[-1].ack()
+    await until(lambda: wide.is_acked(BEHIND + 2))
+    assert not wide.is_closed
+
+    wide.may_cancel.set()
+    await until(lambda: wide.is_closed)
+    await feed_ends(feed, running)
+
+
+async def test_what_is_stopped_while_it_moves_on_takes_nothing_more_from_either_channel(
+    channels: list[Channel],
+) -> None:
+    feed, running, taken = await gone_wide(channels)
+    channels[1].may_cancel.clear()
+    slow = all_but_one(channels[1], taken)
+    await until(lambda: len(channels) == 3 and channels[2].is_consumed)
+
+    stopping = asyncio.create_task(feed.stop())
+    await asyncio.sleep(0)
+    channels[1].may_cancel.set()
+    await stopping
+
+    assert channels[1].is_cancelled
+    assert channels[2].is_cancelled
+    slow.ack()
+    await feed_ends(feed, running)
+    assert channels[1].is_acked(1)
+
+
+async def test_handlers_that_all_take_their_time_are_no_reason_to_move_on(channels: list[Channel]) -> None:
+    feed, running, taken = await gone_wide(channels)
+    wide, slow = channels[1], PREFETCH // 4
+
+    for tag in range(1, slow + BEHIND + 2):
         wide.bring(incoming(tag))
-    for delivery in taken[1:]:
+    for delivery in taken[slow:]:
         delivery.ack()
-    await until(lambda: feed._next is not None)
+    await until(lambda: wide.is_acked(slow + BEHIND + 1))
+    assert len(channels) == 2
+
+    taken[0].ack()  # the oldest: how long they wait is counted from the next one on
+    await until(lambda: wide.is_acked(1))
+    wide.bring(incoming(slow + BEHIND + 2))
+    taken[-1].ack()
+    await until(lambda: wide.is_acked(slow + BEHIND + 2))
+    assert len(channels) == 2
+
+    await feed_ends(feed, running)
+
+
+async def test_what_is_being_opened_to_move_on_to_ends_with_the_feed(
+    channels: list[Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed, running, taken = await gone_wide(channels)
+    wide, opening = channels[1], list[str]()
+
+    async def open_receiving(_session: object, _prefetch: int) -> Channel:
+        opening.append("begun")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            opening.append("ended")
+        raise AssertionError
+
+    monkeypatch.setattr(consumer, "open_receiving", open_receiving)
+
+    all_but_one(wide, taken)
+    await until(lambda: opening == ["begun"])
     wide.bring(incoming(BEHIND + 2))  # it still brings, and what it brings is settled, while the next one is opened
     taken[-1].ack()
     await until(lambda: wide.is_acked(BEHIND + 2))
     assert not wide.is_cancelled
 
-    feed.finish()
-    await running
-    await until(lambda: bool(ended))
+    await feed_ends(feed, running)
+    assert opening == ["begun", "ended"]
     assert wide.is_closed

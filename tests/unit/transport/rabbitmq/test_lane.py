@@ -352,7 +352,7 @@ async def test_a_content_that_is_none_ends_the_session_and_is_never_another_ones
 async def test_what_is_settled_is_written_in_its_order(pair: Pair) -> None:
     lanes = Lanes(pair)
     lanes._numbers = [CONSUMER]
-    consuming = await LaneConsuming.open(cast("Session", lanes))
+    consuming = await LaneConsuming.open(cast("Session", lanes), 10)
 
     await consuming.settle([])
     await consuming.settle([Reject(4), Ack(3, is_multiple=True), Ack(6)])
@@ -372,7 +372,7 @@ async def test_what_is_settled_is_written_in_its_order(pair: Pair) -> None:
 async def test_nothing_is_settled_on_a_session_that_is_over(pair: Pair) -> None:
     lanes = Lanes(pair)
     lanes._numbers = [CONSUMER]
-    consuming = await LaneConsuming.open(cast("Session", lanes))
+    consuming = await LaneConsuming.open(cast("Session", lanes), 10)
     lanes.fail(ConnectionError("gone"))
 
     with pytest.raises(Lost, match="gone"):
