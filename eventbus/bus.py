@@ -17,12 +17,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePath
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 from urllib.parse import quote
 
 from eventbus import garbage
 from eventbus.delay import LEVELS, way
-from eventbus.envelope import Envelope, check_source, enclose, headers_of
+from eventbus.envelope import Envelope, check_source, enclose, enclose_anew, headers_of
 from eventbus.errors import EnvelopeError, PartlyPublished, PublishError, PublishTimeout, SetupError, Unroutable
 from eventbus.event import Event
 from eventbus.message import Message
@@ -55,6 +55,7 @@ class Sender:
         """*on_sent* is called with each event that was confirmed."""
         self.transport = transport
         self.names = names
+        self._events = names.events
         self.telemetry = Telemetry(transport.broker, names)
         self.longest_bytes = transport.broker.max_message_bytes
         self._timeout_s = timeout.total_seconds()
@@ -140,7 +141,7 @@ class Sender:
 
     def _publication(self, type_: str, message: Message, delay: timedelta | None) -> Publication:
         if delay is None:
-            return Publication(self.names.events, type_, message)
+            return Publication(self._events, type_, message)
         via = way(delay, f"publish.{type_}")
         return Publication(self.names.delay_level(via.level), via.key, message)
 
@@ -291,7 +292,7 @@ def enclosed(
     subject: str | None = None,
     extensions: Mapping[str, str | int | bool] | None = None,
 ) -> Envelope:
-    """The envelope that a publisher at *source* sends for *event*, with a random id unless one is given.
+    """The envelope that a publisher at *source*, which was checked, sends for *event*; a random id unless one is given.
 
     Raises:
         EnvelopeError: it does not serialise, or is no event.
@@ -307,6 +308,8 @@ def enclosed(
         )
     if not isinstance(event, Event):
         raise EnvelopeError(f"{type(event).__name__} is neither an Event nor an Envelope: subclass eventbus.Event")
+    if id is None and subject is None and not extensions:
+        return enclose_anew(event, id=_new_id(), source=source, time=datetime.now(UTC))
     return enclose(
         event,
         id=id if id is not None else _new_id(),
@@ -334,9 +337,11 @@ os.register_at_fork(after_in_child=_random.seed)
 
 def _new_id() -> str:
     """A random UUID (version 4)."""
-    digits = _random.randbytes(15).hex()
-    variant = "89ab"[_random.getrandbits(2)]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[12:15]}-{variant}{digits[15:18]}-{digits[18:]}"
+    digits = _random.randbytes(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{_VARIANT[digits[16]]}{digits[17:20]}-{digits[20:]}"
+
+
+_VARIANT: Final = {digit: "89ab"[int(digit, 16) % 4] for digit in "0123456789abcdef"}  # two bits of a digit are fixed
 
 
 def source_of_this_program() -> str:

@@ -93,7 +93,9 @@ class Outbox:
             SetupError: no tables, or writing to them is not allowed. Or what the driver raises: nothing was written.
         """
         if self._source is None:
-            self._source = Settings.load().source or source_of_this_program()
+            source = Settings.load().source or source_of_this_program()
+            check_source(source)
+            self._source = source
         envelope = enclosed(event, self._source, id=id, subject=subject, extensions=extensions)
         connection = session if isinstance(session, AsyncConnection) else await session.connection()
         await write(connection, envelope, delay)

@@ -105,8 +105,11 @@ class Publisher:
     async def publish(self, publication: Publication, *, timeout_s: float) -> bool:
         """As `Transport.publish` promises."""
         progress = _Progress()
-        self._check_open(progress)
-        encoded = self._encode(publication)
+        if self.is_closed or self._current is None:
+            raise _closed(progress)
+        if (size := len(publication.message.body)) > self.max_message_bytes:
+            raise _too_large(size, self.max_message_bytes)
+        encoded: Encoded = self._current[1].encode(publication)
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:
             if not self._window.take():
@@ -145,14 +148,6 @@ class Publisher:
                 timed_out=True,
             ) from None
 
-    def _encode(self, publication: Publication) -> Encoded:
-        size = len(publication.message.body)
-        if size > self.max_message_bytes:
-            raise _too_large(size, self.max_message_bytes)
-        assert self._current is not None  # since `open`
-        encoded: Encoded = self._current[1].encode(publication)
-        return encoded
-
     async def _after_refusal(self, session: Session, progress: _Progress, deadline_s: float) -> None:
         """Return when it is time for the next try."""
         # Another queue may have stored it: a nack says only that one did not.
@@ -178,7 +173,8 @@ class Publisher:
 
     async def _next_session(self, progress: _Progress) -> tuple[Session, Sending]:
         while True:
-            self._check_open(progress)
+            if self.is_closed:
+                raise _closed(progress)
             if live := self._live():
                 return live
             if self._refused is not None:
@@ -189,10 +185,6 @@ class Publisher:
     def _live(self) -> tuple[Session, Sending] | None:
         current = self._current
         return current if current is not None and current[0].is_live and not self.is_closed else None
-
-    def _check_open(self, progress: _Progress) -> None:
-        if self.is_closed:
-            raise NotPublished("the transport is closed", maybe_stored=progress.maybe_stored)
 
     # ── sessions ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -234,6 +226,10 @@ async def _within(deadline_s: float, waiting: Awaitable[T]) -> T:
     """What *waiting* returns; TimeoutError where the event loop's clock reaches *deadline_s* before."""
     async with asyncio.timeout_at(deadline_s):
         return await waiting
+
+
+def _closed(progress: _Progress) -> NotPublished:
+    return NotPublished("the transport is closed", maybe_stored=progress.maybe_stored)
 
 
 def _too_large(size: int, limit: int) -> Unpublishable:
