@@ -42,9 +42,8 @@ class _Stretch:
         self.channel = channel
         self.batch = AckBatch()
         self.unsettled = 0
-        self.fewest = (
-            feed.prefetch
-        )  # unsettled, since its settlements were last sent: what has just come is no sign of slowness
+        # The fewest unsettled since its settlements were last sent: what has just come is no sign of slowness.
+        self.fewest = feed.prefetch
         self.is_cancelled = False  # and brings nothing more
         self._feed = feed
 
