@@ -13,12 +13,12 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import Token
 from datetime import timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
@@ -42,6 +42,7 @@ _PLAIN_TRACEPARENT = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})"
 _ROOT = otel_context.Context()
 
 Attributes = dict[str, str | int]
+Begin = Callable[[str, trace.SpanKind, Attributes, Sequence[trace.Link]], trace.Span]
 Joined = Token[otel_context.Context]  # what tells how to leave a trace
 T = TypeVar("T")
 
@@ -112,6 +113,17 @@ def _record_error(span: trace.Span, error: BaseException) -> None:
     span.set_status(trace.Status(trace.StatusCode.ERROR, f"{type(error).__name__}: {error}"))
 
 
+class _Operation(NamedTuple):
+    """What is said of one operation on one destination: the same every time, and dear to put together.
+
+    Nobody may change it.
+    """
+
+    span: str  # the name of its spans
+    measured: Attributes  # of its points in metrics
+    spanned: Attributes  # of its spans, but for what is of the one event
+
+
 class Telemetry:
     """Records what one process sends and handles. Install an SDK before creating it."""
 
@@ -124,9 +136,8 @@ class Telemetry:
         # Otherwise whatever is measured goes nowhere, and measuring costs as much as publishing.
         self._measures = not _is_of_the_api(metrics.get_meter_provider())
         self.is_recording = self._traces or self._measures
-        # Of each event type: the same every time, and to put them together costs as much as to record them.
-        self._known: dict[tuple[str, str], Attributes] = {}
-        self._tracer = trace.get_tracer("eventbus")
+        self._known: dict[tuple[str, str, str, str], _Operation] = {}
+        self._begin = _beginner_of(trace.get_tracer("eventbus"))
         meter = metrics.get_meter("eventbus")
         self._send_duration = meter.create_histogram(
             "messaging.client.operation.duration", "s", "How long a publish took until it was confirmed",
@@ -150,10 +161,10 @@ class Telemetry:
         if not self.is_recording:
             inject(headers)
             return _UNMEASURED
-        attributes = self._attributes("send", f"{self._names.events}:{envelope.type}")
-        span = self._send_span(envelope, attributes) if self._traces else None
+        operation = self._operation("send", envelope.type)
+        span = self._send_span(envelope, operation) if self._traces else None
         write_context((span or trace.get_current_span()).get_span_context(), headers)
-        return _Sending(self, span, attributes)
+        return _Sending(self, span, operation.measured)
 
     def sent(self, took_s: float, attributes: Attributes, error: BaseException | None) -> None:
         """Count one publish."""
@@ -162,19 +173,12 @@ class Telemetry:
             self._send_duration.record(took_s, measured)
             self._sent.add(1, measured)
 
-    def _send_span(self, envelope: Envelope, attributes: Mapping[str, str | int]) -> trace.Span:
+    def _send_span(self, envelope: Envelope, operation: _Operation) -> trace.Span:
         """A child of the current span. It does not become that: nobody's code runs inside."""
-        return self._tracer.start_span(
-            f"send {attributes['messaging.destination.name']}",
-            kind=trace.SpanKind.PRODUCER,
-            attributes={
-                **attributes,
-                "messaging.operation.type": "send",
-                "messaging.message.id": envelope.id,
-                "messaging.rabbitmq.destination.routing_key": envelope.type,
-                "messaging.message.body.size": len(envelope.data),
-            },
-        )
+        attributes = operation.spanned.copy()
+        attributes["messaging.message.id"] = envelope.id
+        attributes["messaging.message.body.size"] = len(envelope.data)
+        return self._begin(operation.span, trace.SpanKind.PRODUCER, attributes, ())
 
     def join(self, headers: Mapping[str, object]) -> Joined | None:
         """Let the running task belong to the trace that the message came with, its log lines included, until it leaves.
@@ -194,11 +198,9 @@ class Telemetry:
         self, envelope: Envelope, headers: Mapping[str, object], *, queue: str, handler: str, attempt: int
     ) -> Processing:
         """Measure one attempt of one handler: enter what this returns."""
-        attributes = self._attributes("process", f"{self._names.events}:{envelope.type}:{queue}")
-        if not self._traces:
-            return Processing(self, None, attributes)
-        span = self._process_span(envelope, headers, attributes, handler=handler, attempt=attempt)
-        return Processing(self, span, attributes)
+        operation = self._operation("process", envelope.type, queue, handler)
+        span = self._process_span(envelope, headers, operation, attempt) if self._traces else None
+        return Processing(self, span, operation.measured)
 
     def processed(self, took_s: float, attributes: Attributes, error_type: str | None) -> None:
         """Count one attempt."""
@@ -207,32 +209,17 @@ class Telemetry:
             self._process_duration.record(took_s, measured)
 
     def _process_span(
-        self,
-        envelope: Envelope,
-        headers: Mapping[str, object],
-        attributes: Mapping[str, str | int],
-        *,
-        handler: str,
-        attempt: int,
+        self, envelope: Envelope, headers: Mapping[str, object], operation: _Operation, attempt: int
     ) -> trace.Span:
-        links: list[trace.Link] = []
-        if attempt > 1 and (origin := _extract(headers, _ORIGIN_PREFIX)) is not None:
-            links.append(trace.Link(trace.get_current_span(origin).get_span_context()))
-        more: Attributes = {
-            "messaging.operation.type": "process",
-            "messaging.message.id": envelope.id,
-            "messaging.rabbitmq.destination.routing_key": envelope.type,
-            "eventbus.handler": handler,
-            "eventbus.attempt": attempt,
-        }
+        attributes = operation.spanned.copy()
+        attributes["messaging.message.id"] = envelope.id
+        attributes["eventbus.attempt"] = attempt
         if (correlation := envelope.extensions.get("correlationid")) is not None:
-            more["messaging.message.conversation_id"] = str(correlation)
-        return self._tracer.start_span(
-            f"process {attributes['messaging.destination.name']}",
-            kind=trace.SpanKind.CONSUMER,
-            links=links,
-            attributes={**attributes, **more},
-        )
+            attributes["messaging.message.conversation_id"] = str(correlation)
+        links: tuple[trace.Link, ...] = ()
+        if attempt > 1 and (origin := _extract(headers, _ORIGIN_PREFIX)) is not None:
+            links = (trace.Link(trace.get_current_span(origin).get_span_context()),)
+        return self._begin(operation.span, trace.SpanKind.CONSUMER, attributes, links)
 
     def consumed(self, type_: str | None, queue: str) -> None:
         """Count one delivery; *type_* is None where it is no event."""
@@ -240,9 +227,9 @@ class Telemetry:
             return
         if type_ is None:
             # Without its key, which may be anything at all: each would be a time series of its own, for ever.
-            attributes = self._attributes("process", f"{self._names.events}:{queue}") | {"error.type": INVALID_ENVELOPE}
+            attributes = self._operation("process", "", queue).measured | {"error.type": INVALID_ENVELOPE}
         else:
-            attributes = self._attributes("process", f"{self._names.events}:{type_}:{queue}")
+            attributes = self._operation("process", type_, queue).measured
         self._consumed.add(1, attributes)
 
     def unroutable(self, type_: str) -> None:
@@ -255,14 +242,33 @@ class Telemetry:
         self._outbox_age.set(oldest.total_seconds())
         self._outbox_set_aside.set(set_aside)
 
-    def _attributes(self, operation: str, destination: str) -> Attributes:
-        """Of a destination. Nobody may change them."""
-        known = self._known.get((operation, destination))
+    def _operation(self, name: str, type_: str, queue: str = "", handler: str = "") -> _Operation:
+        of = (name, type_, queue, handler)
+        known = self._known.get(of)
         if known is None:
-            known = self._common | {"messaging.operation.name": operation, "messaging.destination.name": destination}
+            destination = ":".join(part for part in (self._names.events, type_, queue) if part)
+            measured = self._common | {"messaging.operation.name": name, "messaging.destination.name": destination}
+            spanned = measured | {"messaging.operation.type": name, "messaging.rabbitmq.destination.routing_key": type_}
+            if handler:
+                spanned["eventbus.handler"] = handler
+            known = _Operation(f"{name} {destination}", measured, spanned)
             if len(self._known) < _MOST_KNOWN:  # foreign senders may use any number of types
-                self._known[operation, destination] = known
+                self._known[of] = known
         return known
+
+
+def _beginner_of(tracer: trace.Tracer) -> Begin:
+    """What begins a span: it takes name, kind, attributes and links."""
+    if type(tracer).__module__ == "opentelemetry.sdk.trace":
+        from eventbus import spans  # needs the SDK, which is an extra
+
+        if (quick := spans.beginner_of(tracer)) is not None:
+            return quick
+
+    def begin(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
+        return tracer.start_span(name, kind=kind, attributes=attributes, links=links)
+
+    return begin
 
 
 def _is_of_the_api(provider: metrics.MeterProvider) -> bool:

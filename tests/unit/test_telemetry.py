@@ -15,13 +15,14 @@ from opentelemetry import context as otel_context
 from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader, NumberDataPoint
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from eventbus import Context, Envelope, Event, PublishError, Reject, Retry, Service, SetupError
 from eventbus.envelope import encode
 from eventbus.message import Message
+from eventbus.spans import beginner_of
 from eventbus.telemetry import fields, install_sdk
 from eventbus.transport.base import NotPublished, Publication
 from tests.rig import Rig
@@ -38,10 +39,10 @@ class Captured(Event, name="captured"):
 class Sdk:
     """An SDK that keeps what it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: SpanLimits) -> None:
         self.exporter = InMemorySpanExporter()
         self.reader = InMemoryMetricReader()
-        self.traces = TracerProvider()
+        self.traces = TracerProvider(span_limits=limits)
         self.traces.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.meters = MeterProvider([self.reader])
 
@@ -92,10 +93,15 @@ def parent_of(span: ReadableSpan) -> int | None:
     return span.parent.span_id if span.parent is not None else None
 
 
-@pytest.fixture
-def sdk(monkeypatch: pytest.MonkeyPatch) -> Sdk:
-    """Installed for this test only: the API's own way is once for the process."""
-    sdk = Sdk()
+@pytest.fixture(params=[SpanLimits(), SpanLimits(max_span_attribute_length=10_000)], ids=["ours", "the SDK's"])
+def sdk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sdk:
+    """Installed for this test only: the API's own way is once for the process.
+
+    Once its spans are begun by us (eventbus/spans.py), once by the SDK.
+    """
+    sdk = Sdk(request.param)
+    is_ours = beginner_of(sdk.traces.get_tracer("eventbus")) is not None
+    assert is_ours is (request.param.max_span_attribute_length is None)
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: sdk.traces)
     monkeypatch.setattr(trace, "get_tracer", sdk.traces.get_tracer)
     monkeypatch.setattr(metrics, "get_meter_provider", lambda: sdk.meters)
