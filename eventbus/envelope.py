@@ -59,7 +59,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _new = object.__new__
 _NO_EXTENSIONS: Mapping[str, ExtensionValue] = MappingProxyType({})
 # Looked up rather than cut off the prefix: these are in every message.
-_ATTRIBUTE = {PREFIX + name: name for name in ("specversion", "id", "source", "type", "time", "subject", "dataschema")}
+_USUAL_EXTENSIONS = frozenset({"traceparent", "tracestate", "correlationid", "causationid"})
+_ATTRIBUTE = {
+    PREFIX + name: name
+    for name in ("specversion", "id", "source", "type", "time", "subject", "dataschema", *_USUAL_EXTENSIONS)
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -528,7 +532,13 @@ def _envelope(cls: type[E], attributes: dict[str, Any], data: bytes) -> E:
 
 
 def _canonical_extensions(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _canonical(value) for name, value in attributes.items() if value is not None}
+    found = {}
+    for name, value in attributes.items():
+        if type(value) is str:
+            found[name] = value
+        elif value is not None:
+            found[name] = _canonical(value)
+    return found
 
 
 def _canonical(value: object) -> object:
@@ -573,7 +583,8 @@ def _is_json(content_type: str | None) -> bool:
 
 def _checked_extensions(extensions: Mapping[str, ExtensionValue]) -> Mapping[str, ExtensionValue]:
     for name, value in extensions.items():
-        _check_extension(name, value)
+        if name not in _USUAL_EXTENSIONS or not isinstance(value, str) or not value.isprintable():
+            _check_extension(name, value)
     return MappingProxyType(dict(extensions))
 
 
