@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.plan import FASTSTREAM, OURS, C, in_outbox, in_store, relayed
+from benchmarks.plan import FASTSTREAM, NO_HEADERS, OURS, C, in_outbox, in_store, relayed
 
 # A program's line of JSON. Its `marks` are (events so far, seconds on the machine's clock, seconds of CPU).
 Answer = Mapping[str, Any]
@@ -141,11 +141,15 @@ def ratios_of(figures: Figures) -> dict[str, float]:
     tracing = [ratio for what in (PUBLISH_WINDOW, HANDLE) if (ratio := variant(what, "with tracing")) is not None]
     found = {
         "publish_window_vs_c": versus(PUBLISH_WINDOW, C),
+        "publish_window_vs_c_without_headers": figures.ratio(
+            (PUBLISH_WINDOW, OURS, ""), (PUBLISH_WINDOW, C, NO_HEADERS)
+        ),
         "publish_window_vs_faststream": versus(PUBLISH_WINDOW, FASTSTREAM),
         "publish_sequential_vs_faststream": figures.ratio(
             (PUBLISH_ONE, OURS, "one by one"), (PUBLISH_ONE, FASTSTREAM, "one by one")
         ),
         "handle_vs_c": versus(HANDLE, C),
+        "handle_vs_c_without_headers": figures.ratio((HANDLE, OURS, ""), (HANDLE, C, NO_HEADERS)),
         "handle_vs_faststream": versus(HANDLE, FASTSTREAM),
         "latency_p50_vs_faststream": figures.ratio(
             ("latency p50", OURS, "latency"), ("latency p50", FASTSTREAM, "latency")

@@ -29,7 +29,8 @@ NOTES = {
     DRAMATIQ: "strengthened: confirms (default none), quorum queue (no option: a method overridden); eight threads; "
     "no window: each publish waits for its confirm",
     PIKA: "strengthened: confirms, quorum queue, persistent; BlockingConnection, its SelectConnection for the window",
-    C: "the limit: no headers, no validation, no handler",
+    C: "the limit: the same messages as ours, headers and all, and as ours returned where no queue takes them; no "
+    "validation, no handler",
 }
 GROUPS = {
     "publish": "one by one, in a window of 1,000, publish_many",
@@ -64,6 +65,8 @@ MANY_ROWS, ROWS = 100_000, 20_000
 PICK_UP_RATE, PICK_UP_S = 100.0, 12.0
 TRANSACTIONS = 2000
 
+NO_HEADERS = "no headers"  # of the C client's: a message that is less than any event
+
 Kind = Literal["flow", "publish", "latency", "embedded", "start", "profile", "relay", "pick up", "transaction"]
 Database = Literal["", "redis", "sqlite", "postgresql"]
 STORES: dict[Database, str] = {"redis": "Redis", "sqlite": "SQLite", "postgresql": "PostgreSQL"}
@@ -92,7 +95,11 @@ class Cell:
 def cells(events: int, *, quick: bool = False) -> list[Cell]:
     """Everything that `make bench` measures, with about *events* events each; *quick* leaves out what takes long."""
     compared = list(_compared(events, quick=quick))
-    asked = [cell for cell in compared if cell.program in (OURS, C, FASTSTREAM) and cell.variant in ("", "one by one")]
+    asked = [
+        cell
+        for cell in compared
+        if cell.program in (OURS, C, FASTSTREAM) and cell.variant in ("", NO_HEADERS, "one by one")
+    ]
     return [
         *_stores(events),
         *_targets(events),
@@ -124,6 +131,8 @@ def _compared(events: int, *, quick: bool) -> Iterator[Cell]:
     for program, share in SHARES.items():
         groups = all_of_ours if program == OURS else {"publish", "handle"}
         yield _cell("flow", program, events * share, *groups)
+        if program == C:
+            yield _cell("flow", C, events * share, *groups, variant=NO_HEADERS, headers=False)
         if program not in (CELERY, DRAMATIQ):  # their flow is one by one
             yield _cell("publish", program, events * ONE_BY_ONE, "publish", variant="one by one", how="one")
         if program in (OURS, FASTSTREAM, C) or not quick:

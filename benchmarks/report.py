@@ -97,16 +97,24 @@ class Sheet:
     rows: Sequence[Sequence[str]]
 
 
+def _judged(name: str, value: float) -> tuple[str, str]:
+    """What was to be reached, and whether it was."""
+    if name not in TARGETS:
+        return "", ""
+    sense, target = TARGETS[name]
+    return f"{'at least' if sense == '+' else 'at most'} {target:g}", "met" if is_met(name, value) else "missed"
+
+
 def sheets(run: Run) -> Iterator[Sheet]:
     """All that was measured."""
     figures = run.figures
     ratios = ratios_of(figures)
     if ratios:
-        yield Sheet("Targets", ("ratio or seconds", "measured", "target", ""), [
-            (name, f"{value:g}", f"{'at least' if TARGETS[name][0] == '+' else 'at most'} {TARGETS[name][1]:g}",
-             "met" if is_met(name, value) else "missed")
-            for name, value in ratios.items()
-        ])  # fmt: skip
+        yield Sheet(
+            "Targets",
+            ("ratio or seconds", "measured", "target", ""),
+            [(name, f"{value:g}", *_judged(name, value)) for name, value in ratios.items()],
+        )
     head = ("program", "publish, one by one", "publish, window of 1,000", "handle", "CPU to publish", "CPU to handle",
             "p50", "p99", "p99.9")  # fmt: skip
     rows = [row for program in SHARES if any((row := _program(figures, program))[1:])]

@@ -321,7 +321,7 @@ class Stage:
         return [
             str(self._client), parts.hostname or "", str(parts.port), urllib.parse.unquote(parts.path[1:]),
             parts.username or "guest", parts.password or "guest", job.role, str(job.events), str(job.payload),
-            str(many), str(job.rate or 0), str(int(job.latency)),
+            str(many), str(job.rate or 0), str(int(job.latency)), str(int(job.headers)),
         ]  # fmt: skip
 
 

@@ -94,7 +94,11 @@ def test_ratios_of_unlike_rounds_are_of_medians_and_only_what_was_measured_has_o
     figures.add(OURS, "with tracing", Figure(PUBLISH_WINDOW, 40.0))
     figures.add(OURS, "one by one", Figure(PUBLISH_ONE, 1.0))
 
-    assert ratios_of(figures) == {"handle_vs_c": 0.5, "tracing_on_vs_off": 0.5}
+    figures.add(C, "no headers", Figure(HANDLE, 200.0))
+
+    assert ratios_of(figures) == {
+        "handle_vs_c": 0.5, "handle_vs_c_without_headers": 0.4, "tracing_on_vs_off": 0.5,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("published", "enough"), [(20_000.0, 0.8), (5_000.0, 1.333)])

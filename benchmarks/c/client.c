@@ -1,7 +1,8 @@
 /* The limit: what a C client with librabbitmq publishes and handles, on the same queue type and with the same durability.
 
-   It encodes no headers, validates nothing and runs no handler: what a bus can reach is below it. Spoken to like the
-   programs in Python (benchmarks/programs/job.py): ready, go, working, and a line of JSON. */
+   The messages are those of ours, headers and all, and a publish that no queue takes would be returned; but it validates
+   nothing and runs no handler: what a bus can reach is below it. Spoken to like the programs in Python
+   (benchmarks/programs/job.py): ready, go, working, and a line of JSON. */
 
 #include <amqp.h>
 #include <amqp_framing.h>
@@ -122,15 +123,34 @@ static int body_of(char *body, long number, int64_t sent_ns, int size) {
     return length + 2;
 }
 
-static void publish_one(amqp_connection_state_t connection, long number, int64_t sent_ns, int size) {
-    static char body[LONGEST_BODY + 2];
+static amqp_table_entry_t text(const char *name, const char *value) {
+    return (amqp_table_entry_t){amqp_cstring_bytes(name),
+                                {.kind = AMQP_FIELD_KIND_UTF8, .value.bytes = amqp_cstring_bytes(value)}};
+}
+
+static void publish_one(amqp_connection_state_t connection, long number, int64_t sent_ns, int size, int has_headers) {
+    static char body[LONGEST_BODY + 2], message_id[40], id[40], at[40];
     amqp_basic_properties_t properties = {
         ._flags = AMQP_BASIC_CONTENT_TYPE_FLAG | AMQP_BASIC_DELIVERY_MODE_FLAG,
         .content_type = amqp_cstring_bytes("application/json"),
         .delivery_mode = AMQP_DELIVERY_PERSISTENT,
     };
+    amqp_table_entry_t headers[5];
+    if (has_headers) {
+        snprintf(message_id, sizeof message_id, "%032lx", number);
+        snprintf(id, sizeof id, "00000000-0000-4000-8000-%012lx", number);
+        snprintf(at, sizeof at, "2026-01-01T00:00:00.%06ldZ", number % 1000000);
+        headers[0] = text("cloudEvents_specversion", "1.0");
+        headers[1] = text("cloudEvents_source", "/programs/client");
+        headers[2] = text("cloudEvents_type", KEY);
+        headers[3] = text("cloudEvents_id", id);
+        headers[4] = text("cloudEvents_time", at);
+        properties._flags |= AMQP_BASIC_HEADERS_FLAG | AMQP_BASIC_MESSAGE_ID_FLAG;
+        properties.message_id = amqp_cstring_bytes(message_id);
+        properties.headers = (amqp_table_t){5, headers};
+    }
     amqp_bytes_t bytes = {body_of(body, number, sent_ns, size), body};
-    if (amqp_basic_publish(connection, CHANNEL, amqp_cstring_bytes(EXCHANGE), amqp_cstring_bytes(KEY), 0, 0,
+    if (amqp_basic_publish(connection, CHANNEL, amqp_cstring_bytes(EXCHANGE), amqp_cstring_bytes(KEY), has_headers, 0,
                            &properties, bytes))
         fail("cannot publish");
 }
@@ -149,7 +169,7 @@ static int take_confirms(amqp_connection_state_t connection, struct timeval *tim
     return 1;
 }
 
-static void publish(char **at, int window, int size, double rate) {
+static void publish(char **at, int window, int size, double rate, int has_headers) {
     amqp_connection_state_t connection = open_connection(at);
     struct timeval nothing = {0, 0};
     declare(connection);
@@ -161,7 +181,7 @@ static void publish(char **at, int window, int size, double rate) {
         int64_t due = rate > 0 ? began + (int64_t)(sent / rate * 1e9) : 0;
         int is_due = due <= now_ns();
         if (sent < meter.expected && sent - meter.count < window && is_due) {
-            publish_one(connection, sent++, now_ns(), size);
+            publish_one(connection, sent++, now_ns(), size, has_headers);
             /* Now and then only: each look is a system call. */
             if (rate > 0 || sent % 50 == 0)
                 while (take_confirms(connection, &nothing)) {
@@ -211,15 +231,15 @@ static void handle(char **at, int ack_every) {
 }
 
 int main(int count, char **arguments) {
-    if (count != 12)
-        fail("usage: client HOST PORT VHOST USER PASSWORD publish|handle EVENTS BYTES WINDOW|ACK_EVERY RATE LATENCY");
+    if (count != 13)
+        fail("usage: client HOST PORT VHOST USER PASSWORD publish|handle EVENTS BYTES WINDOW|ACK_EVERY RATE LATENCY HEADERS");
     long events = atol(arguments[7]);
     int size = atoi(arguments[8]), many = atoi(arguments[9]);
     meter.expected = events;
     meter.step = events > MARKS ? events / MARKS : 1;
     if (atoi(arguments[11])) meter.latencies_us = calloc(events, sizeof *meter.latencies_us);
     if (strcmp(arguments[6], "publish") == 0)
-        publish(arguments + 1, many, size, atof(arguments[10]));
+        publish(arguments + 1, many, size, atof(arguments[10]), atoi(arguments[12]));
     else
         handle(arguments + 1, many);
     return 0;

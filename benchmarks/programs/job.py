@@ -32,6 +32,7 @@ class Job:
     events: int
     how: Literal["one", "window", "many"] = "window"
     payload: int = 420
+    headers: bool = True  # the C client sends those of our messages; without them it sends less than any bus can
     rate: float | None = None  # publish so many in a second, whatever the confirms do
     latency: bool = False  # note how long each event took
     share: bool = False  # another process handles the same queue: nobody knows how many come
