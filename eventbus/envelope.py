@@ -532,7 +532,7 @@ def _envelope(cls: type[E], attributes: dict[str, Any], data: bytes) -> E:
 
 
 def _canonical_extensions(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in attributes.items():
         if type(value) is str:
             found[name] = value

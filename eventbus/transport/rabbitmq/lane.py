@@ -24,6 +24,7 @@ from eventbus.transport.base import Publication, Unpublishable
 from eventbus.transport.rabbitmq import frames
 from eventbus.transport.rabbitmq.acks import Ack, Settlement
 from eventbus.transport.rabbitmq.channels import ConsumerCancelled, Incoming, Nacked
+from eventbus.transport.rabbitmq.confirm import Confirm, GoingOn
 from eventbus.transport.rabbitmq.session import Calling, Lost, Session
 
 _METHOD: Final = struct.Struct(">I")
@@ -104,7 +105,8 @@ class LanePublishing:
         self._splitter = session.splitter
         self._number = channel.number
         self._loop = asyncio.get_running_loop()
-        self._waiting: dict[int, tuple[asyncio.Future[bool], float]] = {}  # by tag, each with its deadline
+        self._going_on = GoingOn(self._loop)
+        self._waiting: dict[int, tuple[Confirm, float]] = {}  # by tag, each with its deadline
         self._look: asyncio.TimerHandle | None = None
         self._next_look_s = math.inf
         self._sent = 0  # the last tag
@@ -129,7 +131,7 @@ class LanePublishing:
         """As `way.Sending` promises."""
         if not self._session.is_live:
             raise Lost(self._session.reason)
-        future: asyncio.Future[bool] = self._loop.create_future()
+        future = self._going_on.confirm()
         place = (encoded.exchange, encoded.key)
         method = self._methods.get(place)
         if method is None:
@@ -225,7 +227,8 @@ class LanePublishing:
         if future is None or future.done():
             return
         if is_stored:
-            future.set_result(is_routed)
+            if self._going_on.add(future, is_routed=is_routed):
+                self._splitter.when_read(self._going_on.go_on)
         else:
             future.set_exception(Nacked())
             future.exception()

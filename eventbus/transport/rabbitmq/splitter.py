@@ -47,6 +47,7 @@ class Splitter:
         self._beat_s = 0.0
         self._beaten_s = self._loop.time()
         self._out: list[bytes] = []
+        self._then: list[Callable[[], None]] = []
         # asyncio's own loop reads so much at a time (others, and TLS, do as they like). With little, what was read
         # is handled and acknowledged while the broker sends more; with much, broker and worker wait for one another.
         with suppress(AttributeError):
@@ -84,10 +85,22 @@ class Splitter:
             whole = b"".join(self._rest) if len(self._rest) > 1 else bytes(data)
             self._rest.clear()
             self._split(whole)
+            if self._then:
+                self._go_on()
         if self._beat_s and (now_s := self._loop.time()) - self._beaten_s > self._beat_s:
             # The client takes a connection for dead on which it reads nothing, and of all this it reads nothing.
             self._beaten_s = now_s
             self._pass_on(frames.HEARTBEAT)
+
+    def when_read(self, then: Callable[[], None]) -> None:
+        """Call *then* once, when all frames that the socket has brought are read, and send at once what it writes."""
+        self._then.append(then)
+
+    def _go_on(self) -> None:
+        then, self._then = self._then, []
+        for each in then:
+            each()
+        self.flush()
 
     def _split(self, data: bytes) -> None:
         at, end = 0, len(data)
