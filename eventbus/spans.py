@@ -15,7 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from time import time_ns
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
 from opentelemetry.attributes import BoundedAttributes
@@ -27,7 +27,8 @@ from opentelemetry.sdk.util import BoundedList
 from opentelemetry.sdk.version import __version__ as sdk_version
 from opentelemetry.util import types
 
-from eventbus.telemetry import Attributes, Begin
+if TYPE_CHECKING:
+    from eventbus.telemetry import Attributes, Begin
 
 log = logging.getLogger("eventbus")
 

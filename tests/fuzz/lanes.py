@@ -90,6 +90,11 @@ class Lanes:
         lanes._publishing = await LanePublishing.open(session)
         return lanes
 
+    @property
+    def publishing(self) -> LanePublishing:
+        assert self._publishing is not None
+        return self._publishing
+
     def _taking(self, number: int) -> Callable[[Incoming], None]:
         return lambda incoming: self.incoming.append((number, incoming))
 
@@ -118,11 +123,10 @@ class Lanes:
 
     def begin(self, messages: Iterable[Message]) -> bytes:
         """What was written for them before the turn of the event loop ends."""
-        assert self._publishing is not None
         deadline_s = asyncio.get_running_loop().time() + FAR_S
         for message in messages:
-            encoded = self._publishing.encode(Publication("events", "fact.v1", message))
-            self._publishes.append(self._publishing.publish(encoded, deadline_s))
+            encoded = self.publishing.encode(Publication("events", "fact.v1", message))
+            self._publishes.append(self.publishing.publish(encoded, deadline_s))
         return self._pair.received()
 
     def feed(self, data: bytes, places: Iterable[int]) -> None:

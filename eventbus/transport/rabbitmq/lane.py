@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from eventbus.transport.base import Publication, Unpublishable
 from eventbus.transport.rabbitmq import frames
 from eventbus.transport.rabbitmq.acks import Ack, Settlement
 from eventbus.transport.rabbitmq.channels import ConsumerCancelled, Incoming, Nacked
-from eventbus.transport.rabbitmq.confirm import Confirm, GoingOn
+from eventbus.transport.rabbitmq.confirm import Confirm, go_on
 from eventbus.transport.rabbitmq.session import Calling, Lost, Session
 
 _METHOD: Final = struct.Struct(">I")
@@ -105,8 +106,8 @@ class LanePublishing:
         self._splitter = session.splitter
         self._number = channel.number
         self._loop = asyncio.get_running_loop()
-        self._going_on = GoingOn(self._loop)
         self._waiting: dict[int, tuple[Confirm, float]] = {}  # by tag, each with its deadline
+        self._confirmed: deque[Confirm] = deque()  # whose tasks have not gone on yet
         self._look: asyncio.TimerHandle | None = None
         self._next_look_s = math.inf
         self._sent = 0  # the last tag
@@ -127,11 +128,12 @@ class LanePublishing:
     def encode(self, publication: Publication) -> Encoded:
         return encode(publication, frame_max=self._session.server.frame_max)
 
-    def publish(self, encoded: Encoded, deadline_s: float) -> asyncio.Future[bool]:
+    def publish(self, encoded: Encoded, deadline_s: float) -> Confirm:
         """As `way.Sending` promises."""
         if not self._session.is_live:
             raise Lost(self._session.reason)
-        future = self._going_on.confirm()
+        confirm = Confirm(loop=self._loop)
+        confirm.waiting = None
         place = (encoded.exchange, encoded.key)
         method = self._methods.get(place)
         if method is None:
@@ -139,7 +141,7 @@ class LanePublishing:
                 self._methods.clear()
             method = self._methods[place] = frames.publish_frame(self._number, *place)
         self._sent += 1
-        self._waiting[self._sent] = future, deadline_s
+        self._waiting[self._sent] = confirm, deadline_s
         if deadline_s < self._next_look_s:
             self._look_at(deadline_s)
         # Fresh every time: a message that no queue took is known again by it, as its return has no tag.
@@ -151,7 +153,7 @@ class LanePublishing:
             self._splitter.write(method, content)
         else:  # alone on its way: nothing is there to join it with, and until the turn ends costs a look at all sockets
             self._splitter.write_now(method, content)
-        return future
+        return confirm
 
     # One timer for all: publishes are many, and few of them end by their deadline.
 
@@ -209,6 +211,9 @@ class LanePublishing:
         self._is_returning = self._returning > 0
         return True
 
+    def _go_on(self) -> None:
+        go_on(self._confirmed, self._loop)
+
     def _confirm(self, tag: int, is_multiple: bool, *, is_stored: bool) -> None:
         if not is_multiple:
             self._confirm_one(tag, is_stored=is_stored)
@@ -227,8 +232,10 @@ class LanePublishing:
         if future is None or future.done():
             return
         if is_stored:
-            if self._going_on.add(future, is_routed=is_routed):
-                self._splitter.when_read(self._going_on.go_on)
+            future.set_result(is_routed)
+            if not self._confirmed:
+                self._splitter.when_read(self._go_on)
+            self._confirmed.append(future)
         else:
             future.set_exception(Nacked())
             future.exception()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, Protocol
@@ -47,7 +48,7 @@ class Splitter:
         self._beat_s = 0.0
         self._beaten_s = self._loop.time()
         self._out: list[bytes] = []
-        self._then: list[Callable[[], None]] = []
+        self._then: deque[Callable[[], None]] = deque()
         # asyncio's own loop reads so much at a time (others, and TLS, do as they like). With little, what was read
         # is handled and acknowledged while the broker sends more; with much, broker and worker wait for one another.
         with suppress(AttributeError):
@@ -97,9 +98,8 @@ class Splitter:
         self._then.append(then)
 
     def _go_on(self) -> None:
-        then, self._then = self._then, []
-        for each in then:
-            each()
+        while self._then:
+            self._then.popleft()()
         self.flush()
 
     def _split(self, data: bytes) -> None:
