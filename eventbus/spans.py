@@ -1,11 +1,11 @@
-"""Spans of the OpenTelemetry SDK, begun at a third of the price.
+"""Spans of the OpenTelemetry SDK, started at a third of the price.
 
 `Tracer.start_span` copies and checks every attribute it is given and makes two lists, each with a lock, for events and
 links that hardly any span has: with tracing on, that is more work than all the rest of handling an event
 (PERFORMANCE.md). Here the attributes are taken as they are, for they are ours, and a list is made when something is
 put into it. All else is the SDK's own: sampler, ids, limits, processors, and every method of a span.
 
-A tracer that is not the SDK's begins its own, as does an SDK whose spans hold anything else than those that this was
+A tracer that is not the SDK's starts its own, as does an SDK whose spans hold anything else than those that this was
 written for, and one whose limits have attributes cut.
 """
 
@@ -28,11 +28,11 @@ from opentelemetry.sdk.version import __version__ as sdk_version
 from opentelemetry.util import types
 
 if TYPE_CHECKING:
-    from eventbus.telemetry import Attributes, Begin
+    from eventbus.telemetry import Attributes, StartSpan
 
 log = logging.getLogger("eventbus")
 
-MOST_ATTRIBUTES: Final = 16  # of a span of ours when it begins; a handler may add others
+MOST_ATTRIBUTES: Final = 16  # of a span of ours when it starts; a handler may add others
 _UNSET: Final = trace.Status(trace.StatusCode.UNSET)
 _FLAGS: Final = tuple(trace.TraceFlags(flags) for flags in range(4))
 _SAMPLED, _RANDOM = 1, 2  # W3C Trace Context level 2, 3.2.2.5
@@ -40,10 +40,10 @@ _HOOKS: Final = {"on_start", "_on_ending", "on_end", "shutdown", "force_flush"} 
 _NOTHING: Final[BoundedList[Any]] = BoundedList(0)  # the events and the links of every span that has none
 
 
-def beginner_of(tracer: trace.Tracer) -> Begin | None:
-    """What begins spans of *tracer*; None where the SDK has to do it all.
+def start_span_of(tracer: trace.Tracer) -> StartSpan | None:
+    """What starts spans of *tracer*; None where the SDK has to do it all.
 
-    It takes name, kind, attributes (strings and whole numbers only; the span keeps the dict) and links, and begins a
+    It takes name, kind, attributes (strings and whole numbers only; the span keeps the dict) and links, and starts a
     child of the current span, as `Tracer.start_span` does.
     """
     if type(tracer) is not sdk.Tracer:
@@ -57,20 +57,20 @@ def beginner_of(tracer: trace.Tracer) -> Begin | None:
     except (AttributeError, TypeError):
         is_known = False
     if not is_known:
-        log.info("spans of OpenTelemetry SDK %s are not those that are known: they take longer to begin", sdk_version)
+        log.info("spans of OpenTelemetry SDK %s are not those that are known: they take longer to start", sdk_version)
         return None
-    return _beginner_of(tracer)
+    return _start_span_of(tracer)
 
 
 def _is_known(tracer: sdk.Tracer) -> bool:
-    """Whether the SDK's spans hold what ours hold, neither more nor less, and are begun with what it has."""
+    """Whether the SDK's spans hold what ours hold, neither more nor less, and are started with what it has."""
     nowhere = sdk.SynchronousMultiSpanProcessor()  # type: ignore[no-untyped-call]
     trial = sdk.Tracer(
         sampling.ALWAYS_ON, tracer.resource, nowhere, RandomIdGenerator(), tracer.instrumentation_info,
         tracer._span_limits, tracer._instrumentation_scope, meter_provider=NoOpMeterProvider(),
     )  # fmt: skip
     theirs = trial.start_span("trial", attributes={"a": 1})
-    ours = _beginner_of(trial)("trial", trace.SpanKind.INTERNAL, {"a": 1}, ())
+    ours = _start_span_of(trial)("trial", trace.SpanKind.INTERNAL, {"a": 1}, ())
     return (
         {name for name in vars(sdk.SpanProcessor) if not name.startswith("__")} == _HOOKS
         and isinstance(theirs, sdk.Span)
@@ -80,8 +80,8 @@ def _is_known(tracer: sdk.Tracer) -> bool:
     )
 
 
-def _beginner_of(tracer: sdk.Tracer) -> Begin:
-    def begin(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
+def _start_span_of(tracer: sdk.Tracer) -> StartSpan:
+    def start_span(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
         # Step by step as `Tracer.start_span`: tests/unit/test_spans.py holds it to that.
         parent: trace.SpanContext | None = trace.get_current_span().get_span_context()
         if not tracer._is_enabled():
@@ -103,7 +103,7 @@ def _beginner_of(tracer: sdk.Tracer) -> Begin:
         span.start()
         return span
 
-    return begin
+    return start_span
 
 
 class _Span(sdk._Span):

@@ -42,7 +42,7 @@ _PLAIN_TRACEPARENT = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})"
 _ROOT = otel_context.Context()
 
 Attributes = dict[str, str | int]
-Begin = Callable[[str, trace.SpanKind, Attributes, Sequence[trace.Link]], trace.Span]
+StartSpan = Callable[[str, trace.SpanKind, Attributes, Sequence[trace.Link]], trace.Span]
 Joined = Token[otel_context.Context]  # what tells how to leave a trace
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class Telemetry:
         self._measures = not _is_of_the_api(metrics.get_meter_provider())
         self.is_recording = self._traces or self._measures
         self._known: dict[tuple[str, str, str, str], _Operation] = {}
-        self._begin = _beginner_of(trace.get_tracer("eventbus"))
+        self._start_span = _start_span_of(trace.get_tracer("eventbus"))
         meter = metrics.get_meter("eventbus")
         self._send_duration = meter.create_histogram(
             "messaging.client.operation.duration", "s", "How long a publish took until it was confirmed",
@@ -178,7 +178,7 @@ class Telemetry:
         attributes = operation.spanned.copy()
         attributes["messaging.message.id"] = envelope.id
         attributes["messaging.message.body.size"] = len(envelope.data)
-        return self._begin(operation.span, trace.SpanKind.PRODUCER, attributes, ())
+        return self._start_span(operation.span, trace.SpanKind.PRODUCER, attributes, ())
 
     def join(self, headers: Mapping[str, object]) -> Joined | None:
         """Let the running task belong to the trace that the message came with, its log lines included, until it leaves.
@@ -219,7 +219,7 @@ class Telemetry:
         links: tuple[trace.Link, ...] = ()
         if attempt > 1 and (origin := _extract(headers, _ORIGIN_PREFIX)) is not None:
             links = (trace.Link(trace.get_current_span(origin).get_span_context()),)
-        return self._begin(operation.span, trace.SpanKind.CONSUMER, attributes, links)
+        return self._start_span(operation.span, trace.SpanKind.CONSUMER, attributes, links)
 
     def consumed(self, type_: str | None, queue: str) -> None:
         """Count one delivery; *type_* is None where it is no event."""
@@ -257,18 +257,18 @@ class Telemetry:
         return known
 
 
-def _beginner_of(tracer: trace.Tracer) -> Begin:
-    """What begins a span: it takes name, kind, attributes and links."""
+def _start_span_of(tracer: trace.Tracer) -> StartSpan:
+    """What starts a span: it takes name, kind, attributes and links."""
     if type(tracer).__module__ == "opentelemetry.sdk.trace":
         from eventbus import spans  # needs the SDK, which is an extra
 
-        if (quick := spans.beginner_of(tracer)) is not None:
+        if (quick := spans.start_span_of(tracer)) is not None:
             return quick
 
-    def begin(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
+    def start_span(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
         return tracer.start_span(name, kind=kind, attributes=attributes, links=links)
 
-    return begin
+    return start_span
 
 
 def _is_of_the_api(provider: metrics.MeterProvider) -> bool:

@@ -1,4 +1,4 @@
-"""Spans that are begun for less are those that the SDK would have begun, whatever is done with them."""
+"""Spans that are started for less are those that the SDK would have started, whatever is done with them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from opentelemetry.sdk.trace import sampling
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.util import types
 
-from eventbus.spans import beginner_of
-from eventbus.telemetry import Attributes, Begin
+from eventbus.spans import start_span_of
+from eventbus.telemetry import Attributes, StartSpan
 
 PLACED: Attributes = {"messaging.system": "rabbitmq", "messaging.message.id": "1", "eventbus.attempt": 1}
 OTHER = trace.SpanContext(7, 8, is_remote=True, trace_flags=trace.TraceFlags(1))
@@ -97,17 +97,17 @@ class Picky(sampling.Sampler):
         return "picky"
 
 
-def by_the_sdk(tracer: trace.Tracer) -> Begin:
-    def begin(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
+def by_the_sdk(tracer: trace.Tracer) -> StartSpan:
+    def start_span(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
         return tracer.start_span(name, kind=kind, attributes=attributes, links=links)
 
-    return begin
+    return start_span
 
 
-def by_us(tracer: trace.Tracer) -> Begin:
-    begin = beginner_of(tracer)
-    assert begin is not None, "it is the SDK's way that would be tested"
-    return begin
+def by_us(tracer: trace.Tracer) -> StartSpan:
+    start_span = start_span_of(tracer)
+    assert start_span is not None, "it is the SDK's way that would be tested"
+    return start_span
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def inside(parent: trace.SpanContext | None) -> Iterator[None]:
 
 
 def told(
-    way: Callable[[trace.Tracer], Begin],
+    way: Callable[[trace.Tracer], StartSpan],
     work: Callable[[trace.Span], object] = lambda span: None,
     *,
     parent: trace.SpanContext | None = None,
@@ -130,15 +130,15 @@ def told(
     ids: Callable[[], IdGenerator] = Counting,
     **options: Any,
 ) -> list[object]:
-    """What a processor is told of a span that is begun on this *way*, and what its context is."""
+    """What a processor is told of a span that is started on this *way*, and what its context is."""
     seen = Seen()
     provider = sdk.TracerProvider(
         id_generator=ids(), resource=Resource({"service.name": "shop"}), shutdown_on_exit=False, **options
     )
     provider.add_span_processor(seen)
-    begin = way(provider.get_tracer("eventbus", "1"))
+    start_span = way(provider.get_tracer("eventbus", "1"))
     with inside(parent):
-        span = begin("process events:placed.v1", trace.SpanKind.CONSUMER, PLACED.copy(), links)
+        span = start_span("process events:placed.v1", trace.SpanKind.CONSUMER, PLACED.copy(), links)
     assert span.is_recording() is isinstance(span, sdk.Span)
     work(span)
     span.end()
@@ -175,7 +175,7 @@ def told(
 def test_whatever_the_sampler_and_the_parent_it_is_the_same_span(
     parent: trace.SpanContext | None, sampler: sampling.Sampler, is_random: bool
 ) -> None:
-    def both(way: Callable[[trace.Tracer], Begin]) -> list[object]:
+    def both(way: Callable[[trace.Tracer], StartSpan]) -> list[object]:
         return told(way, parent=parent, sampler=sampler, ids=lambda: Counting(is_random=is_random))
 
     assert both(by_us) == both(by_the_sdk)
@@ -262,10 +262,10 @@ def test_it_has_the_times_that_it_is_given_and_those_of_its_beginning_and_end() 
 
 
 def test_first_events_from_many_threads_are_all_kept() -> None:
-    begin = by_us(sdk.TracerProvider(shutdown_on_exit=False).get_tracer("x"))
+    start_span = by_us(sdk.TracerProvider(shutdown_on_exit=False).get_tracer("x"))
     with ThreadPoolExecutor(8) as threads:
         for _ in range(200):
-            span = begin("x", trace.SpanKind.CLIENT, {}, ())
+            span = start_span("x", trace.SpanKind.CLIENT, {}, ())
             assert isinstance(span, sdk.Span)
             for number in range(8):
                 threads.submit(span.add_event, str(number))
@@ -276,8 +276,8 @@ def test_first_events_from_many_threads_are_all_kept() -> None:
 
 
 def test_one_span_has_nothing_of_another() -> None:
-    begin = by_us(sdk.TracerProvider(shutdown_on_exit=False).get_tracer("x"))
-    first, second = (begin("x", trace.SpanKind.CLIENT, PLACED.copy(), ()) for _ in range(2))
+    start_span = by_us(sdk.TracerProvider(shutdown_on_exit=False).get_tracer("x"))
+    first, second = (start_span("x", trace.SpanKind.CLIENT, PLACED.copy(), ()) for _ in range(2))
     assert isinstance(first, sdk.Span)
     assert isinstance(second, sdk.Span)
     before = shown(second)
@@ -287,7 +287,7 @@ def test_one_span_has_nothing_of_another() -> None:
     assert shown(second) == before
 
 
-def test_a_tracer_that_is_switched_off_begins_none() -> None:
+def test_a_tracer_that_is_switched_off_starts_none() -> None:
     provider = sdk.TracerProvider(shutdown_on_exit=False, _tracer_configurator=sdk._disable_tracer_configurator)
     with inside(OTHER):
         span = by_us(provider.get_tracer("x"))("x", trace.SpanKind.CLIENT, {}, ())
@@ -299,7 +299,7 @@ def test_a_tracer_that_is_switched_off_begins_none() -> None:
 def test_the_sdks_own_measures_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
 
-    def measured(way: Callable[[trace.Tracer], Begin]) -> list[tuple[str, object]]:
+    def measured(way: Callable[[trace.Tracer], StartSpan]) -> list[tuple[str, object]]:
         reader = InMemoryMetricReader()
         told(way, meter_provider=MeterProvider([reader]))
         data = reader.get_metrics_data()
@@ -322,7 +322,7 @@ def test_the_sdks_own_measures_count_it(monkeypatch: pytest.MonkeyPatch) -> None
     "limits", [sdk.SpanLimits(max_span_attributes=4), sdk.SpanLimits(max_span_attribute_length=100)], ids=repr
 )
 def test_attributes_that_have_to_be_cut_are_the_sdks(limits: sdk.SpanLimits) -> None:
-    assert beginner_of(sdk.TracerProvider(shutdown_on_exit=False, span_limits=limits).get_tracer("x")) is None
+    assert start_span_of(sdk.TracerProvider(shutdown_on_exit=False, span_limits=limits).get_tracer("x")) is None
 
 
 def test_without_a_limit_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,15 +331,15 @@ def test_without_a_limit_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(by_us, many_attributes, span_limits=limits) == told(by_the_sdk, many_attributes, span_limits=limits)
 
 
-def test_a_tracer_of_anybody_elses_begins_its_own() -> None:
+def test_a_tracer_of_anybody_elses_starts_its_own() -> None:
     class Mine(sdk.Tracer):
         pass
 
     tracer = sdk.TracerProvider(shutdown_on_exit=False).get_tracer("x")
     tracer.__class__ = Mine
 
-    assert beginner_of(tracer) is None
-    assert beginner_of(trace.NoOpTracer()) is None
+    assert start_span_of(tracer) is None
+    assert start_span_of(trace.NoOpTracer()) is None
 
 
 def one_more_field(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,12 +362,12 @@ def one_field_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("change", [one_more_field, one_more_hook, one_field_less])
-def test_an_sdk_that_has_changed_begins_all_of_them(
+def test_an_sdk_that_has_changed_starts_all_of_them(
     change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracer = sdk.TracerProvider(shutdown_on_exit=False).get_tracer("x")
     change(monkeypatch)
 
     with caplog.at_level(logging.INFO):
-        assert beginner_of(tracer) is None
-    assert "they take longer to begin" in caplog.text
+        assert start_span_of(tracer) is None
+    assert "they take longer to start" in caplog.text

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from eventbus import Context, Envelope, Event, PublishError, Reject, Retry, Service, SetupError
 from eventbus.envelope import encode
 from eventbus.message import Message
-from eventbus.spans import beginner_of
+from eventbus.spans import start_span_of
 from eventbus.telemetry import fields, install_sdk
 from eventbus.transport.base import NotPublished, Publication
 from tests.rig import Rig
@@ -97,10 +97,10 @@ def parent_of(span: ReadableSpan) -> int | None:
 def sdk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Sdk:
     """Installed for this test only: the API's own way is once for the process.
 
-    Once its spans are begun by us (eventbus/spans.py), once by the SDK.
+    Once its spans are started by us (eventbus/spans.py), once by the SDK.
     """
     sdk = Sdk(request.param)
-    is_ours = beginner_of(sdk.traces.get_tracer("eventbus")) is not None
+    is_ours = start_span_of(sdk.traces.get_tracer("eventbus")) is not None
     assert is_ours is (request.param.max_span_attribute_length is None)
     monkeypatch.setattr(trace, "get_tracer_provider", lambda: sdk.traces)
     monkeypatch.setattr(trace, "get_tracer", sdk.traces.get_tracer)
