@@ -27,7 +27,8 @@ from eventbus.errors import TransportError
 from eventbus.message import Message
 from eventbus.transport.base import Delivery, Publication, Source
 from eventbus.transport.rabbitmq.channels import Nacked
-from eventbus.transport.rabbitmq.consumer import PROBATION, RabbitConsumer
+from eventbus.transport.rabbitmq.consumer import RabbitConsumer
+from eventbus.transport.rabbitmq.feed import PROBATION
 from eventbus.transport.rabbitmq.frames import Malformed
 from eventbus.transport.rabbitmq.lane import LanePublishing
 from eventbus.transport.rabbitmq.refusals import Address

@@ -19,8 +19,9 @@ from eventbus.message import Message
 from eventbus.topology import Binding, Exchange, Names, Queue, Topology, merge, of_service, quorum, shared
 from eventbus.transport.base import Declare, Delivery, NotPublished, Publication, Source, Unpublishable
 from eventbus.transport.rabbitmq import RabbitMQ, publisher, session
-from eventbus.transport.rabbitmq.consumer import BEHIND, RabbitConsumer
+from eventbus.transport.rabbitmq.consumer import RabbitConsumer
 from eventbus.transport.rabbitmq.delivery import RabbitDelivery
+from eventbus.transport.rabbitmq.feed import BEHIND
 from tests.faults.ledger.proxy import Proxy
 from tests.servers import BrokerServer, vhost_of, with_login
 

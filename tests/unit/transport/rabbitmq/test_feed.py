@@ -10,10 +10,10 @@ import pytest
 
 from eventbus.message import Message
 from eventbus.transport.base import Delivery, Source
-from eventbus.transport.rabbitmq import consumer
+from eventbus.transport.rabbitmq import feed as feed_module
 from eventbus.transport.rabbitmq.acks import Ack, Settlement
 from eventbus.transport.rabbitmq.channels import Incoming
-from eventbus.transport.rabbitmq.consumer import BEHIND, PROBATION
+from eventbus.transport.rabbitmq.feed import BEHIND, PROBATION, Feed
 
 PREFETCH = 100
 
@@ -64,11 +64,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0)
 
 
-async def gone_wide(channels: Sequence[Channel]) -> tuple[consumer._Feed, asyncio.Task[None], list[Delivery]]:
+async def gone_wide(channels: Sequence[Channel]) -> tuple[Feed, asyncio.Task[None], list[Delivery]]:
     """A feed that is through its probation and consumes on the second of *channels*, who runs it, and what it takes."""
     session = SimpleNamespace(is_live=True, when_ended=lambda _: None, fail=pytest.fail, reason=None)
     taken: list[Delivery] = []
-    feed = consumer._Feed(session, Source("q", PREFETCH, taken.append))  # type: ignore[arg-type]  # all that it asks for
+    feed = Feed(session, Source("q", PREFETCH, taken.append))  # type: ignore[arg-type]  # all that it asks for
     await feed.begin()
     running = asyncio.create_task(feed.run())
     await asyncio.sleep(0)
@@ -90,7 +90,7 @@ def channels(monkeypatch: pytest.MonkeyPatch) -> list[Channel]:
         opened.append(Channel(prefetch))
         return opened[-1]
 
-    monkeypatch.setattr(consumer, "open_receiving", open_receiving)
+    monkeypatch.setattr(feed_module, "open_receiving", open_receiving)
     return opened
 
 
@@ -105,7 +105,7 @@ def all_but_one(channel: Channel, taken: list[Delivery]) -> Delivery:
     return slow
 
 
-async def feed_ends(feed: consumer._Feed, running: asyncio.Task[None]) -> None:
+async def feed_ends(feed: Feed, running: asyncio.Task[None]) -> None:
     """Have *feed* settle what is acked, close its channels and end."""
     feed.finish()
     await running
@@ -219,7 +219,7 @@ async def test_what_is_being_opened_to_move_on_to_ends_with_the_feed(
             opening.append("ended")
         raise AssertionError
 
-    monkeypatch.setattr(consumer, "open_receiving", open_receiving)
+    monkeypatch.setattr(feed_module, "open_receiving", open_receiving)
 
     all_but_one(wide, taken)
     await until(lambda: opening == ["begun"])
