@@ -39,6 +39,7 @@ _ORIGIN_PREFIX = "cloudEvents_"
 _propagator = TraceContextTextMapPropagator()
 # W3C Trace Context 3.2: version 00, trace id, parent id, flags.
 _PLAIN_TRACEPARENT = re.compile("00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})").fullmatch
+_FLAGS = {f"{flags:02x}": trace.TraceFlags(flags) for flags in range(256)}
 _ROOT = otel_context.Context()
 
 Attributes = dict[str, str | int]
@@ -317,7 +318,7 @@ def _extract(headers: Mapping[str, object], prefix: str) -> otel_context.Context
     # What nearly all messages carry is read here, in a third of the time; whatever else there is by the API.
     if tracestate is None and (match := _PLAIN_TRACEPARENT(traceparent)):
         trace_id, span_id, flags = match.groups()
-        span = trace.SpanContext(int(trace_id, 16), int(span_id, 16), True, trace.TraceFlags(int(flags, 16)))
+        span = trace.SpanContext(int(trace_id, 16), int(span_id, 16), True, _FLAGS[flags])
         return trace.set_span_in_context(trace.NonRecordingSpan(span), _ROOT) if span.is_valid else _ROOT
     carrier = {"traceparent": traceparent}
     if isinstance(tracestate, str):
