@@ -63,6 +63,12 @@ def go_on(ended: deque[Confirm], loop: asyncio.AbstractEventLoop) -> None:
             if (waiting := confirm.waiting) is not None:
                 confirm.waiting = None
                 confirm.context.run(waiting, confirm)
-    finally:
-        if ended:  # a task has ended the program, which does not end the others
-            loop.call_soon(go_on, ended, loop)
+    except (SystemExit, KeyboardInterrupt) as error:
+        # A task ends the program: from a handle of the loop's, as from any task. Whoever reads a socket would take it
+        # for the connection's failure (uvloop does). The others go on all the same.
+        loop.call_soon(_end_program, error)
+        loop.call_soon(go_on, ended, loop)
+
+
+def _end_program(error: BaseException) -> None:
+    raise error

@@ -57,12 +57,11 @@ async def test_who_waits_goes_on_at_once_in_its_own_task_and_context() -> None:
 
     def read() -> None:
         end(*reversed(confirms))
-        at_once.extend(seen)
-        assert asyncio.current_task() is None
+        at_once.extend([*seen, asyncio.current_task()])
 
     await in_a_callback(read)
 
-    assert at_once == [("b", True, "b", True), ("a", True, "a", True)]
+    assert at_once == [("b", True, "b", True), ("a", True, "a", True), None]
     assert user.get() == "nobody"
 
 
@@ -138,16 +137,17 @@ async def test_a_failure_is_told_a_turn_later() -> None:
 
 
 @pytest.mark.parametrize(
-    "wait",
+    ("wait", "result"),
     [
-        lambda one: asyncio.wait_for(one, 10),
-        lambda one: asyncio.shield(one),
-        lambda one: asyncio.gather(one, one),
-        lambda one: asyncio.wait([one, one]),
-        lambda one: asyncio.wait_for(asyncio.shield(one), 10),
+        (lambda one: asyncio.wait_for(one, 10), True),
+        (lambda one: asyncio.shield(one), True),
+        (lambda one: asyncio.gather(one, one), [True, True]),
+        (lambda one: asyncio.wait_for(asyncio.shield(one), 10), True),
     ],
 )
-async def test_it_can_be_waited_for_as_a_future_can(wait: Callable[[Confirm], Awaitable[object]]) -> None:
+async def test_it_can_be_waited_for_as_a_future_can(
+    wait: Callable[[Confirm], Awaitable[object]], result: object
+) -> None:
     async def waiting(one: Confirm) -> object:
         return await wait(one)
 
@@ -156,7 +156,7 @@ async def test_it_can_be_waited_for_as_a_future_can(wait: Callable[[Confirm], Aw
     await turn()
     await in_a_callback(lambda: end(one))
     async with asyncio.timeout(10):
-        await asyncio.gather(*many)
+        assert await asyncio.gather(*many) == [result] * 3
 
 
 async def test_a_callback_that_was_taken_back_is_not_called() -> None:
@@ -190,14 +190,21 @@ def test_a_task_that_ends_the_program_does_not_keep_the_others_from_going_on() -
         tasks.append(asyncio.create_task(ending(confirms[0])))
         tasks.append(asyncio.create_task(waiting(confirms[1])))
         await turn()
-        asyncio.get_running_loop().call_soon(end, *confirms)
+        asyncio.get_running_loop().call_soon(read, *confirms)
         await asyncio.sleep(10)
 
+    def read(*confirms: Confirm) -> None:
+        raised.append(True)
+        end(*confirms)
+        raised[-1] = False
+
+    raised: list[bool] = []
     tasks: list[asyncio.Task[None]] = []
     loop = asyncio.new_event_loop()
     running = loop.create_task(main())
     with pytest.raises(SystemExit):
         loop.run_until_complete(running)
+    assert raised == [False]  # it left by a handle of the loop's
     assert seen == []
     loop.run_until_complete(asyncio.wait([tasks[1]], timeout=10))
     assert seen == ["went on"]
