@@ -16,6 +16,7 @@ Where none of the lines is found, `rabbitmq-server` is installed through apt if 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import contextlib
 import functools
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,6 +134,19 @@ class BrokerServer:
     def ctl(self, *args: str) -> str:
         """What `rabbitmqctl --quiet ARGS` prints. It takes a second: prefer `api` where both know the answer."""
         return self._engine.ctl("--quiet", *args)
+
+    @contextlib.asynccontextmanager
+    async def taking_at_most(self, largest: int) -> AsyncIterator[None]:
+        """It takes no message over so many bytes, until the block is left. What is usual is another for each line."""
+        usual = (
+            await asyncio.to_thread(self.ctl, "eval", "rabbit_misc:get_env(rabbit, max_message_size, none).")
+        ).strip()
+        limit = "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})."
+        await asyncio.to_thread(self.ctl, "eval", limit.format(largest))
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(self.ctl, "eval", limit.format(usual))
 
     def api(self, method: str, path: str, body: Mapping[str, object] | None = None) -> object:
         """What the management API answers, for example to `api("GET", "/queues/%2F")`."""

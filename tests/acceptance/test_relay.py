@@ -157,21 +157,15 @@ async def test_a_row_over_what_the_broker_was_told_to_take_is_set_aside_and_thos
     url = own_broker.new_vhost()
     engine = open_engine(sqlite_url)
     await create(engine)
-    limit = "application:set_env(rabbit, max_message_size, {}), persistent_term:put(max_message_size, {})."
-    usual = own_broker.ctl("eval", "rabbit_misc:get_env(rabbit, max_message_size, none).").strip()
-    await asyncio.to_thread(own_broker.ctl, "eval", limit.format(2000, 2000))
-    try:
-        async with arriving(url) as arrived, Relay(engine, url=url):
-            async with engine.begin() as connection:  # the relay does not know of the broker's limit
-                large: dict[str, Any] = {"event_id": "large", "source": "/s", "type": "placed.v1", "data": b"x" * 5000}
-                wide: dict[str, Any] = {**large, "data": b"{}", "extensions": f'{{"x": "{"y" * 200_000}"}}'}
-                for row in (large, wide):
-                    await connection.execute(insert(OUTBOX).values(**row, ordering_key="ada"))
-            await place(engine, 1, 2, subject="ada")
-            await relayed(engine)
-            await until(lambda: arrived.orders[-1:] == [2])
-    finally:
-        await asyncio.to_thread(own_broker.ctl, "eval", limit.format(usual, usual))
+    async with own_broker.taking_at_most(2000), arriving(url) as arrived, Relay(engine, url=url):
+        async with engine.begin() as connection:  # the relay does not know of the broker's limit
+            large: dict[str, Any] = {"event_id": "large", "source": "/s", "type": "placed.v1", "data": b"x" * 5000}
+            wide: dict[str, Any] = {**large, "data": b"{}", "extensions": f'{{"x": "{"y" * 200_000}"}}'}
+            for row in (large, wide):
+                await connection.execute(insert(OUTBOX).values(**row, ordering_key="ada"))
+        await place(engine, 1, 2, subject="ada")
+        await relayed(engine)
+        await until(lambda: arrived.orders[-1:] == [2])
     errors = [row["error"] for row in await rows_of(engine)]
     await engine.dispose()
 

@@ -539,19 +539,14 @@ async def test_a_body_over_the_limit_is_refused_before_it_is_sent(rabbitmq_url: 
 
 async def test_a_body_over_the_brokers_own_limit_fails_alone(own_broker_of_every_line: BrokerServer) -> None:
     broker = own_broker_of_every_line
-    limit = "application:set_env(rabbit, max_message_size, {}), persistent_term:put(max_message_size, {})."
     url = broker.new_vhost()
-    await asyncio.to_thread(broker.ctl, "eval", limit.format(100_000, 100_000))
-    try:
-        async with opened(url, small()) as transport:
-            sizes = [100, 200_000, 100, 100, 300_000, 100]
-            results = await asyncio.gather(
-                *(transport.publish(fact(b"x" * size), timeout_s=TIMEOUT_S) for size in sizes), return_exceptions=True
-            )
-            with pytest.raises(Unpublishable):  # learned: not even sent
-                await transport.publish(fact(b"x" * 100_001), timeout_s=0)
-    finally:
-        await asyncio.to_thread(broker.ctl, "eval", limit.format(16_777_216, 16_777_216))
+    async with broker.taking_at_most(100_000), opened(url, small()) as transport:
+        sizes = [100, 200_000, 100, 100, 300_000, 100]
+        results = await asyncio.gather(
+            *(transport.publish(fact(b"x" * size), timeout_s=TIMEOUT_S) for size in sizes), return_exceptions=True
+        )
+        with pytest.raises(Unpublishable):  # learned: not even sent
+            await transport.publish(fact(b"x" * 100_001), timeout_s=0)
 
     assert [type(result) for result in results] == [bool, Unpublishable, bool, bool, Unpublishable, bool]
 
