@@ -1,4 +1,4 @@
-"""Spans of the OpenTelemetry SDK, started at a third of the price.
+"""Spans of the OpenTelemetry SDK, started at half the price.
 
 `Tracer.start_span` copies and checks every attribute it is given and makes two lists, each with a lock, for events and
 links that hardly any span has: with tracing on, that is more work than all the rest of handling an event

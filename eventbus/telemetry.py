@@ -3,8 +3,8 @@
 Follows OpenTelemetry's messaging conventions (semantic conventions 1.44: `send` and `process` spans, four metrics). A
 message carries two trace contexts: the hop's in the plain headers `traceparent`/`tracestate`, and the one it was first
 published in as CloudEvents attributes. A `process` span is the child of the hop's `send` span, so that one order is one
-trace; attempts after the first also link to the origin. Only the API is used: without an SDK nothing is recorded, and
-the caller's trace context still travels.
+trace; attempts after the first also link to the origin. Only the API is used here, the SDK's own spans are spans.py's:
+without an SDK nothing is recorded, and the caller's trace context still travels.
 """
 
 from __future__ import annotations
@@ -266,9 +266,7 @@ def _start_span_of(tracer: trace.Tracer) -> StartSpan:
 
             if (quick := start_span_of(tracer)) is not None:
                 return quick
-        log.info(
-            "the OpenTelemetry SDK starts our spans, for its limits or for what it is: each costs three times as much"
-        )
+        log.info("the OpenTelemetry SDK starts our spans, for its limits or for what it is: each costs twice as much")
 
     def start_span(name: str, kind: trace.SpanKind, attributes: Attributes, links: Sequence[trace.Link]) -> trace.Span:
         return tracer.start_span(name, kind=kind, attributes=attributes, links=links)
