@@ -52,10 +52,14 @@ def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield
 
 
-MISFITS: list[Event] = [
-    Ordered.model_construct(lines=[], total="much"),
-    Ordered.model_construct(lines=[Line.model_construct(quantity="many")]),
-    Ordered.model_construct(lines="none"),
+def unchecked(event_class: type[Event], **values: Any) -> Event:
+    return event_class.model_construct(**values)
+
+
+MISFITS = [
+    unchecked(Ordered, lines=[], total="much"),
+    unchecked(Ordered, lines=[unchecked(Line, quantity="many")]),
+    unchecked(Ordered, lines="none"),
 ]
 
 
