@@ -66,6 +66,30 @@ def test_a_seed_is_always_the_same_bytes() -> None:
     assert reading.read(one, ["id"]).frames > 30
 
 
+async def test_what_was_found_once_is_not_found_again() -> None:
+    pair = await Pair.open()
+    for seed in (2699321102,):  # a method frame of no bytes, where the cut was: it was read beyond its end
+        await Case(seed).run(pair)
+    await pair.close()
+
+
+@pytest.mark.parametrize("size", range(4))
+async def test_a_method_frame_that_is_too_short_for_one_is_the_clients_wherever_it_is_cut(size: int) -> None:
+    pair = await Pair.open()
+    data = b"".join(
+        b"\x01" + channel.to_bytes(2, "big") + size.to_bytes(4, "big") + b"\x00\x3c\x00\x3c"[:size] + b"\xce"
+        for channel in (*making.CONSUMING, making.PUBLISHING)
+    )
+
+    for places in (range(1, len(data) + 1), [len(data)], [7 + size + 1, len(data)]):
+        lanes = await Lanes.open(pair)
+        lanes.feed(data, places)
+
+        assert lanes.is_live
+        assert await lanes.passed_on() == data
+    await pair.close()
+
+
 async def test_every_byte_alone_is_the_same_as_all_at_once() -> None:
     pair = await Pair.open()
     data = b"".join(making.stream(random.Random(11), [], 60))

@@ -189,6 +189,8 @@ class LanePublishing:
     def take(self, kind: int, data: bytes, at: int, end: int) -> bool:
         """As `splitter.Inbox` promises."""
         if kind == frames.METHOD:
+            if end - at < _METHOD.size:
+                return False  # a frame without a method: the client says what is wrong with it
             (method,) = _METHOD.unpack_from(data, at)
             if method == frames.ACK:
                 self._confirm(*frames.read_confirm(data, at + 4, end), is_stored=True)
@@ -325,6 +327,8 @@ class LaneConsuming:
     def take(self, kind: int, data: bytes, at: int, end: int) -> bool:
         """As `splitter.Inbox` promises."""
         if kind == frames.METHOD:
+            if end - at < _METHOD.size:
+                return False  # a frame without a method: the client says what is wrong with it
             (method,) = _METHOD.unpack_from(data, at)
             if method != frames.DELIVER:
                 return False
