@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.plan import FASTSTREAM, NO_HEADERS, OURS, C, in_outbox, in_store, relayed
+from benchmarks.plan import (
+    FASTSTREAM,
+    FOR_ONE,
+    MANY_SLOW,
+    NO_HEADERS,
+    ONE_SLOW,
+    OURS,
+    C,
+    in_outbox,
+    in_store,
+    relayed,
+)
 
 # A program's line of JSON. Its `marks` are (events so far, seconds on the machine's clock, seconds of CPU).
 Answer = Mapping[str, Any]
@@ -159,10 +170,12 @@ def ratios_of(figures: Figures) -> dict[str, float]:
         ),
         "tracing_on_vs_off": min(tracing, default=None),  # the worse of publishing and handling
         "subscriptions_1000_vs_1": variant(HANDLE, "1000 subscriptions"),
+        "subscriptions_1000_events_for_one_vs_1": variant(HANDLE, FOR_ONE),
         "memory_million_vs_ten_thousand": figures.ratio(
             (MEMORY, OURS, "a backlog of 1,000,000"), (MEMORY, OURS, "a backlog of 10,000")
         ),
-        "slow_handler_vs_none": variant(HANDLE, "a slow handler among fast ones"),
+        "slow_handler_vs_none": variant(HANDLE, ONE_SLOW),
+        "slow_one_in_5000_vs_none": variant(HANDLE, MANY_SLOW),
         "handle_redis_vs_memory": variant(HANDLE, in_store("redis")),
         "handle_postgresql_vs_memory": variant(HANDLE, in_store("postgresql")),
         "relay_vs_enough": _relay_vs_enough(figures),

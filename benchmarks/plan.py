@@ -40,8 +40,8 @@ GROUPS = {
     "outbox": "relays on PostgreSQL and SQLite: rows a second, latency, and what a transaction pays for an event",
     "tracing": "with the OpenTelemetry SDK, its batch processor and an exporter into nothing",
     "payload": "100 B and 10 kB instead of 420 B",
-    "subscriptions": "10 and 1,000 instead of 1",
-    "slow": "one event in 5,000 takes its handler two seconds",
+    "subscriptions": "10 and 1,000 instead of 1, with events for each of them, and for one of 1,000",
+    "slow": "one slow handler of two seconds at a time, and one event in 5,000",
     "processes": "two that publish, then two that handle",
     "loop": "uvloop instead of asyncio's own",
     "backlog": "10 thousand to a million events in the queue: time and memory",
@@ -65,6 +65,8 @@ MANY_ROWS, ROWS = 100_000, 20_000
 PICK_UP_RATE, PICK_UP_S = 100.0, 12.0
 TRANSACTIONS = 2000
 
+ONE_SLOW, MANY_SLOW = "a slow handler among fast ones", "one in 5,000 slow"
+FOR_ONE = "1000 subscriptions, events for one"
 NO_HEADERS = "no headers"  # of the C client's: a message that is less than any event
 
 Kind = Literal["flow", "publish", "latency", "embedded", "start", "profile", "relay", "pick up", "transaction"]
@@ -122,7 +124,8 @@ def _targets(events: int) -> Iterator[Cell]:
     ours = events * SHARES[OURS]
     yield _cell("flow", OURS, ours, "tracing", variant="with tracing", tracing=True)
     yield _cell("flow", OURS, ours, "subscriptions", variant="1000 subscriptions", subscriptions=1000)
-    yield _cell("flow", OURS, ours, "slow", variant="a slow handler among fast ones", slow_every=5000)
+    yield _cell("flow", OURS, ours, "subscriptions", variant=FOR_ONE, subscriptions=1000, types=1)
+    yield _cell("flow", OURS, ours, "slow", variant=ONE_SLOW, slow_every=int(ours))
 
 
 def _compared(events: int, *, quick: bool) -> Iterator[Cell]:
@@ -145,6 +148,7 @@ def _variants(events: int, *, quick: bool) -> Iterator[Cell]:
         return
     ours = events * SHARES[OURS]
     yield _cell("flow", OURS, ours, "subscriptions", variant="10 subscriptions", subscriptions=10)
+    yield _cell("flow", OURS, ours, "slow", variant=MANY_SLOW, slow_every=5000)
     yield _cell("flow", OURS, ours, "idempotency", variant="without idempotency", idempotency="")
     yield replace(_cell("flow", OURS, ours * 2, "processes", variant="2 processes"), processes=2)
     for program in (OURS, FASTSTREAM):

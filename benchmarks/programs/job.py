@@ -41,7 +41,8 @@ class Job:
     keys: int = 1  # of the outbox's rows
     tracing: bool = False
     subscriptions: int = 1
-    slow_every: int = 0  # every so many events one takes two seconds
+    types: int = 0  # of the events that are published; 0: one for each subscription
+    slow_every: int = 0  # every so many events one takes two seconds, the first as soon as it counts
     loop: Literal["asyncio", "uvloop"] = "asyncio"
     profile: bool = False
 
