@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import TestCase
 
 import pytest
 from pydantic import computed_field, field_serializer
@@ -76,6 +77,14 @@ def test_what_does_not_fit_is_refused_whatever_warnings_are_filtered(
             to_json(event)
 
     assert capsys.readouterr().err == ""
+
+
+def test_a_test_that_awaits_a_warning_changes_nothing() -> None:
+    with TestCase().assertWarns(UserWarning):  # it empties what every module has noted
+        warnings.warn("awaited", stacklevel=1)
+
+    with warnings.catch_warnings(action="ignore"), pytest.raises(EnvelopeError, match="does not serialise"):
+        to_json(MISFITS[0])
 
 
 @pytest.mark.usefixtures("ways")
