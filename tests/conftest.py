@@ -16,6 +16,7 @@ Virtual hosts, databases and own servers are cleared up, or started again, after
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any  # Any: a worker as pytest-xdist hands it over, which is there only if that is installed
@@ -43,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # In the background of a script SIGINT is ignored, and a program that a test interrupts would have that from us.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[BROKERS] = Brokers()
     config.stash[STORES] = Stores()
     config.stash[STARTED] = set()
