@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel
 from pydantic_core import to_json as any_to_json
@@ -336,6 +336,8 @@ def decode(message: Message, *, now: Callable[[], datetime]) -> Envelope:
     Raises:
         EnvelopeError: it is no CloudEvent; its reason is `invalid-envelope`.
     """
+    if (plain := _plain(message)) is not None:
+        return plain
     content_type = message.content_type or None
     if content_type is not None and content_type != JSON and _is_structured(content_type):
         attributes, data = _structured(content_type, message.body)
@@ -348,6 +350,29 @@ def decode(message: Message, *, now: Callable[[], datetime]) -> Envelope:
         timestamp = message.properties.get("timestamp")
         attributes["time"] = timestamp if isinstance(timestamp, datetime) else now()
     return _envelope(Envelope, attributes, data)
+
+
+def _plain(message: Message) -> Envelope | None:
+    """The envelope of JSON with what every event says about itself, and nothing else; None for any other message.
+
+    Nearly all are like this, and to read them like all others takes half as long again.
+    """
+    headers = message.headers
+    if len(headers) != _PLAIN_HEADERS or message.content_type != JSON:
+        return None
+    try:
+        specversion, source = headers["cloudEvents_specversion"], headers["cloudEvents_source"]
+        type_, id_, time = headers["cloudEvents_type"], headers["cloudEvents_id"], headers["cloudEvents_time"]
+    except KeyError:
+        return None
+    if specversion != SPECVERSION or time is None:
+        return None
+    envelope = _new(Envelope)
+    _fill(envelope, id_, source, type_, _read_time(time), None, JSON, None, _NO_EXTENSIONS, message.body)  # type: ignore[arg-type]  # it checks
+    return envelope
+
+
+_PLAIN_HEADERS: Final = 5  # that `_plain` reads
 
 
 def _binary(headers: Mapping[str, object]) -> dict[str, Any]:

@@ -132,6 +132,36 @@ def test_every_envelope_survives_the_wire(envelope: Envelope) -> None:
     assert read(encode(envelope)) == envelope
 
 
+GOOD = {name: HEADERS[f"cloudEvents_{name}"] for name in ("specversion", "source", "type", "id", "time")}
+ODD_VALUES = st.sampled_from(
+    [None, 1, True, b"\xff", "", "1.0", "a\x00", "no time", "2030-01-31T12:00:00Z", NOW, 10**20]
+)
+
+
+@given(
+    st.fixed_dictionaries({name: st.just(value) | ODD_VALUES for name, value in GOOD.items()}),
+    st.sampled_from([None, "", "application/json", "text/plain", "application/cloudevents+json"]),
+    st.sampled_from([None, *GOOD]),
+)
+def test_a_message_with_nothing_else_is_read_as_one_with_more(
+    attributes: dict[str, object], content_type: str | None, renamed: str | None
+) -> None:
+    """The few headers that every event has are read by a way of their own, and what a broker adds must not matter."""
+    headers = {f"cloudEvents_{name if name != renamed else 'tenant'}": value for name, value in attributes.items()}
+
+    alone = outcome(Message(headers, b"{}", content_type))
+    with_more = outcome(Message({**headers, "x-delivery-count": 1}, b"{}", content_type))
+
+    assert alone == with_more
+
+
+def outcome(message: Message) -> Envelope | str:
+    try:
+        return read(message)
+    except EnvelopeError as error:
+        return str(error)
+
+
 def sdk_message(message: Message) -> amqp.AMQPMessage:
     properties = {} if message.content_type is None else {"content-type": message.content_type}
     return amqp.AMQPMessage(properties, dict(message.headers), message.body)
