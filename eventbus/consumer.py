@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from datetime import UTC, timedelta
+from datetime import UTC
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
@@ -42,13 +42,13 @@ from eventbus.delivery import (
     Unmatched,
     decide,
 )
-from eventbus.dispatch import Dispatch
+from eventbus.dispatch import Dispatch, Interest, UnknownVersion
 from eventbus.envelope import Envelope, decode
 from eventbus.errors import EnvelopeError, Reject, RetryLater, StoreError
 from eventbus.failure import failure_of, one_line, text_of
 from eventbus.idempotency.base import KEEP_DONE, LEASE, Done, IdempotencyStore, Mine, Theirs
 from eventbus.message import Message
-from eventbus.service import Service, Subscription, UnknownVersion
+from eventbus.service import Service, Subscription
 from eventbus.slots import Slots
 from eventbus.telemetry import fields
 from eventbus.transport.base import Delivery, NotPublished, Unpublishable
@@ -84,11 +84,11 @@ class Environment:
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """One handler's part of a delivery; no subscription where nothing here wants it."""
+    """One handler's part of a delivery; no interest where nothing here wants it."""
 
     delivery: Delivery
     envelope: Envelope | None
-    subscription: Subscription | None
+    interest: Interest | None
     handler: str | None
     attempt: int  # a crash that the claim tells of counts as one
     undecodable: EnvelopeError | None = None
@@ -99,7 +99,7 @@ class _Run:
     """A handler, what it is called with and who runs it; once it is claimed, also under which claim."""
 
     work: _Work
-    subscription: Subscription
+    interest: Interest
     event: BaseModel | Envelope
     envelope: Envelope
     key: str
@@ -135,7 +135,7 @@ class _AtWork:
         """Return when that was, on the event loop's clock."""
         loop = run.task.get_loop()
         began_s = loop.time()
-        run.ends_s = began_s + run.subscription.timeout.total_seconds()
+        run.ends_s = began_s + run.interest.timeout_s
         self.runs.add(run)
         if run.ends_s < self._rings_s:
             self._set(loop, run.ends_s)
@@ -173,9 +173,7 @@ class ServiceConsumer:
         self.service = service
         self.state: object = None  # what the lifespan yielded; set before the first delivery
         self.on_attempt: Callable[[str, str], None] | None = None  # told the service and handler of each run
-        self._subscriptions = {subscription.handler: subscription for subscription in subscriptions}
-        self._dispatch = Dispatch(self._subscriptions.values())
-        self._identities = {name: (service.name, name, service.source) for name in self._subscriptions}
+        self._dispatch = Dispatch(service.name, subscriptions)
         self._environment = environment
         self._telemetry, self._store, self._clock = environment.sender.telemetry, environment.store, environment.clock
         self._slots = Slots(service.concurrency)
@@ -312,13 +310,13 @@ class ServiceConsumer:
         self._telemetry.consumed(envelope.type, delivery.queue)
         named = message.headers.get(header.HANDLER)
         if isinstance(named, str):
-            return [_Work(delivery, envelope, self._subscriptions.get(named), named, attempt)]
+            return [_Work(delivery, envelope, self._dispatch.of(named, envelope.type), named, attempt)]
         wanting = self._dispatch.wanting(envelope.type)
         if not wanting:
             return [_Work(delivery, envelope, None, None, attempt)]
         works = []
-        for subscription in wanting:  # a comprehension is a call more
-            works.append(_Work(delivery, envelope, subscription, subscription.handler, attempt))  # noqa: PERF401
+        for interest in wanting:  # a comprehension is a call more
+            works.append(_Work(delivery, envelope, interest, interest.handler, attempt))  # noqa: PERF401
         return works
 
     async def _part(self, work: _Work, task: asyncio.Task[Any] | None = None) -> Part:
@@ -341,21 +339,21 @@ class ServiceConsumer:
 
     def _ready(self, work: _Work, task: asyncio.Task[Any] | None) -> _Run | Outcome:
         """What is to be run, or why there is nothing to run."""
-        subscription, envelope = work.subscription, work.envelope
+        interest, envelope = work.interest, work.envelope
         if envelope is None:
             return Refused("invalid-envelope", str(work.undecodable))
-        if subscription is None:
+        if interest is None:
             what = f"handler {work.handler!r}" if work.handler else f"subscription to {envelope.type}"
             return Unmatched("no-handler", f"service {self.service.name!r} has no {what} in this program")
         try:
-            event = subscription.read(envelope)
-            key = subscription.idempotency_key(self.service.name, envelope, event)
+            event = interest.read(envelope)
+            key = interest.idempotency_key(envelope, event)
         except UnknownVersion as error:
             return Unmatched("unknown-version", str(error))
         except EnvelopeError as error:
             return Refused(error.reason, str(error))
         # Asked for where it is not known: that costs as much as a claim.
-        return _Run(work, subscription, event, envelope, key, task or _current_task())
+        return _Run(work, interest, event, envelope, key, task or _current_task())
 
     async def _claimed(self, run: _Run) -> Outcome:
         """Claim, run, and record what came of it."""
@@ -375,7 +373,7 @@ class ServiceConsumer:
                 return Duplicate()
             case Theirs(lease_left=left):
                 return ClaimedElsewhere(left)
-        if crashes and work.attempt > run.subscription.retry.attempts:
+        if crashes and work.attempt > run.interest.subscription.retry.attempts:
             work.attempt -= 1  # this one is not made
             return await self._freed(run, Failed(f"its worker ended {crashes} times in the middle of it"))
         outcome = await (self._recorded(run) if self._telemetry.is_recording else self._handled(run))
@@ -393,7 +391,7 @@ class ServiceConsumer:
         work = run.work
         with self._telemetry.process(
             run.envelope, work.delivery.message.headers,
-            queue=work.delivery.queue, handler=run.subscription.handler, attempt=work.attempt,
+            queue=work.delivery.queue, handler=run.interest.handler, attempt=work.attempt,
         ) as processing:  # fmt: skip
             outcome = await self._handled(run)
             if not isinstance(outcome, Handled | Duplicate):
@@ -404,7 +402,7 @@ class ServiceConsumer:
         return Context(
             run.envelope,
             attempt=run.work.attempt,
-            identity=self._identities[run.subscription.handler],
+            identity=(self.service.name, run.interest.handler, self.service.source),
             state=self.state,
             publish=self._environment.sender.send,
             inbox=(self._open_unit, run.key),
@@ -412,17 +410,17 @@ class ServiceConsumer:
 
     async def _handled(self, run: _Run) -> Outcome:
         """Run the handler to its end, whatever the end is."""
-        subscription = run.subscription
+        interest = run.interest
         arguments: tuple[Any, ...] = (run.event,)
-        if subscription.takes_context:
+        if interest.takes_context:
             arguments = run.event, self._context_of(run)
         if self._renewal is None:
             self._renewal = self._clock.call_later(LEASE.total_seconds() / 3, self._renew_all)
         if self.on_attempt is not None:
-            self.on_attempt(self.service.name, subscription.handler)
+            self.on_attempt(self.service.name, interest.handler)
         began_s = self._at_work.begin(run)
         try:
-            await subscription.function(*arguments)
+            await interest.function(*arguments)
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # noqa: BLE001  # a handler that calls sys.exit() must not take its neighbours along
@@ -433,7 +431,7 @@ class ServiceConsumer:
             _current_task().uncancel()
         if run.is_overdue:
             _current_task().uncancel()
-            return Failed(f"{_timed_out(subscription.timeout)}, and did not let itself be cancelled")
+            return Failed(f"{_timed_out(interest.timeout_s)}, and did not let itself be cancelled")
         if log.isEnabledFor(logging.DEBUG):
             self._say_handled(run, asyncio.get_running_loop().time() - began_s)
         return _HANDLED
@@ -498,7 +496,7 @@ class ServiceConsumer:
 
     async def _settle(self, work: _Work, outcome: Outcome) -> Part:
         attempt = work.attempt
-        policy = work.subscription.retry if work.subscription else self.service.retry
+        policy = work.interest.subscription.retry if work.interest else self.service.retry
         settlement = decide(outcome, attempt, policy, jitter=self._environment.jitter())
         if isinstance(settlement, Nothing):
             return "nothing"
@@ -575,7 +573,7 @@ class ServiceConsumer:
     # ── saying what happened ────────────────────────────────────────────────────────────────────────────────────────
 
     def _say_handled(self, run: _Run, took_s: float) -> None:
-        handler, attempt = run.subscription.handler, run.work.attempt
+        handler, attempt = run.interest.handler, run.work.attempt
         extra = self._facts(run.envelope, handler, attempt, outcome="handled", duration_s=round(took_s, 6))
         log.debug("%s.%s handled %s", self.service.name, handler, run.envelope.type, extra=extra)
 
@@ -634,7 +632,7 @@ def _outcome_of_error(error: BaseException, run: _Run) -> Outcome:
             return Postponed(delay, text_of(error))
         case asyncio.CancelledError() if run.is_overdue and not _current_task().cancelling():
             overdue = TimeoutError().with_traceback(error.__traceback__)
-            return failure_of(overdue, _timed_out(run.subscription.timeout))
+            return failure_of(overdue, _timed_out(run.interest.timeout_s))
         case asyncio.CancelledError():
             if _current_task().cancelling():  # by whoever ends the event loop
                 raise error
@@ -643,8 +641,8 @@ def _outcome_of_error(error: BaseException, run: _Run) -> Outcome:
             return failure_of(error)
 
 
-def _timed_out(timeout: timedelta) -> str:
-    return f"timed out after {timeout.total_seconds():g} s"
+def _timed_out(timeout_s: float) -> str:
+    return f"timed out after {timeout_s:g} s"
 
 
 def _attempt(message: Message) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import json
 import re
 import sys
 import types
@@ -26,7 +25,7 @@ from typing_extensions import TypeVar
 
 from eventbus.context import S
 from eventbus.envelope import Envelope, check_source
-from eventbus.errors import EnvelopeError, SetupError
+from eventbus.errors import SetupError
 from eventbus.event import LONGEST_TYPE, Catalogue, Event, is_name, split_type
 from eventbus.message import matches
 from eventbus.retry import Retry
@@ -69,10 +68,6 @@ class Reads:
         return "envelope" if self.model is None else self.model.__name__
 
 
-class UnknownVersion(Exception):  # an outcome on its way to decide()
-    """A handler's annotation has no class for this event's type."""
-
-
 @dataclass(frozen=True, slots=True)
 class Subscription:
     """Event names, handler and policy, checked."""
@@ -90,67 +85,6 @@ class Subscription:
     def wants(self, type_: str) -> bool:
         """Whether an event of *type_* is this handler's."""
         return any(matches(pattern, type_) for pattern in self.patterns)
-
-    def read(self, envelope: Envelope) -> BaseModel | Envelope:
-        """What the handler is called with.
-
-        Raises:
-            UnknownVersion: the annotation names no class for this type.
-            EnvelopeError: the data is not what the class says; its reason is `invalid-data`.
-        """
-        if self.reads.events is not None:
-            model = self.reads.events.get(envelope.type)
-            if model is None:
-                raise UnknownVersion(f"handler {self.handler!r} reads {self.reads}, not {envelope.type}")
-            return envelope.event(model)
-        return envelope if self.reads.model is None else envelope.event(self.reads.model)
-
-    def idempotency_key(self, service: str, envelope: Envelope, event: object) -> str:
-        """The key that tells this handler's work on this event from all other work.
-
-        Raises:
-            EnvelopeError: the event has no such value.
-        """
-        match self.key:
-            case None:
-                value = f"{envelope.source} {envelope.id}"
-            case str(name):
-                value = _field(event, name)
-            case tuple(names):
-                value = json.dumps([_field(event, name) for name in names])
-            case function:
-                value = _call(function, event)
-        return f"{service}/{self.handler}/{_name_in_key(envelope.type)}/{value}"
-
-
-@functools.lru_cache(maxsize=4096)
-def _name_in_key(type_: str) -> str:
-    return split_type(type_)[0].replace("%", "%25").replace("/", "%2F")  # a foreign one may hold a slash
-
-
-def _field(event: object, name: str) -> str:
-    try:
-        value = getattr(event, name)
-        key = str(value)
-    except Exception as error:  # noqa: BLE001  # a property may raise anything; its text may hold data
-        raise EnvelopeError(
-            f"the event's {name!r}, its idempotency key, raised {type(error).__name__}", reason="invalid-data"
-        ) from None
-    if value is None:  # all events without one would be duplicates of the first
-        raise EnvelopeError(f"the event's {name!r}, its idempotency key, is None", reason="invalid-data")
-    return key
-
-
-def _call(function: Callable[..., object], event: object) -> str:
-    try:
-        value = function(event)
-    except Exception as error:  # noqa: BLE001  # as above
-        raise EnvelopeError(f"its idempotency key raised {type(error).__name__}", reason="invalid-data") from None
-    if not isinstance(value, str):
-        raise EnvelopeError(
-            f"its idempotency key is of type {type(value).__name__}: return a str", reason="invalid-data"
-        )
-    return value
 
 
 @dataclass(frozen=True, slots=True)
