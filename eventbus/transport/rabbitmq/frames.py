@@ -78,57 +78,15 @@ class Table:
 _TEXT: Final = 0x53  # S, which most are
 
 
-def read_table(data: bytes, at: int, end: int) -> Table:
-    """The table whose entries are `data[at:end]`; of a name that comes twice, the last value, and all bytes.
+def read_table(data: bytes, begin: int, end: int) -> Table:
+    """The table whose entries are `data[begin:end]`; of a name that comes twice, the last value, and all bytes.
 
     Raises:
         Malformed: they are none.
     """
-    return _read_behind(0, data, at, end, {})
-
-
-class TableReader:
-    """Reads the tables of one channel, as `read_table`.
-
-    Most begin like the one before, as events of one type from one sender do: that part is compared, not read.
-    """
-
-    __slots__ = ("_before", "_head", "_values")
-
-    def __init__(self) -> None:
-        self._before = b""  # the last table that began otherwise
-        self._head = b""  # whole entries
-        self._values: dict[str, object] = {}  # of those
-
-    def read(self, data: bytes, at: int, end: int) -> Table:
-        """As `read_table`."""
-        head = self._head
-        if head and data.startswith(head, at) and at + len(head) <= end:
-            return _read_behind(len(head), data, at, end, self._values.copy())
-        table = _read_behind(0, data, at, end, {})
-        before, self._before = self._before, data[at:end]
-        self._head, self._values = _common(before, self._before)
-        return table
-
-
-def _common(one: bytes, other: bytes) -> tuple[bytes, dict[str, object]]:
-    """The entries that both tables begin with, as far as they are plain texts."""
-    at, values = 0, dict[str, object]()
-    while at < len(other):
-        begin, at = at, at + 1 + other[at]
-        _, stop = _read_value(other, at, len(other), 0)
-        name, value = other[begin + 1 : at], other[at + 5 : stop]
-        if other[at] != _TEXT or one[begin:stop] != other[begin:stop] or not (name + value).isascii():
-            return other[:begin], values
-        values[str(name, "ascii")] = str(value, "ascii")
-        at = stop
-    return other, values
-
-
-def _read_behind(head: int, data: bytes, begin: int, end: int, values: dict[str, object]) -> Table:
-    """As `read_table`, where the first *head* bytes of the table are known to be *values*."""
+    values: dict[str, object] = {}
     foreign: dict[str, bytes] = {}
-    at, entries = begin + head, len(values)
+    at, entries = begin, 0
     try:
         while at < end:
             entries += 1
@@ -160,6 +118,101 @@ def _read_behind(head: int, data: bytes, begin: int, end: int, values: dict[str,
     if entries != len(values):
         foreign |= _repeated(data, begin, end)
     return Table(values, foreign)
+
+
+class TableReader:
+    """Reads the tables of one channel, as `read_table`.
+
+    Of those that are equally long most have the same names, and texts of the same lengths, some of them the same text:
+    an event's type, its sender. What was the same before is compared; only the rest is read.
+    """
+
+    __slots__ = ("_misses", "_shapes")
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, _Shape] = {}  # by the table's size
+        self._misses: dict[int, int] = {}
+
+    def read(self, data: bytes, at: int, end: int) -> Table:
+        """As `read_table`."""
+        shape = self._shapes.get(end - at)
+        if shape is not None:
+            pieces = shape.cut(data, at)
+            if pieces[::2] == shape.same:
+                values = shape.values.copy()
+                place = 1
+                try:
+                    for name in shape.names:
+                        values[name] = str(pieces[place], "utf-8")
+                        place += 2
+                except UnicodeDecodeError:
+                    pass  # bytes, then, and foreign
+                else:
+                    return Table(values, {})
+        table = read_table(data, at, end)
+        if shape is not None or (len(self._shapes) < _MOST_SHAPES and 0 < end - at <= _LONGEST_SHAPE):
+            self._learn(data[at:end], table, shape)
+        return table
+
+    def _learn(self, entries: bytes, table: Table, shape: _Shape | None) -> None:
+        """Read the next of this size by *shape*, less what is another text in this one."""
+        size = len(entries)
+        misses = self._misses[size] = self._misses.get(size, 0) + 1
+        # Ever more rarely, or tables that have nothing in common but their size would cost many times as much.
+        if misses & (misses - 1) == 0 and (learnt := _shape_of(entries, table, shape)) is not None:
+            self._shapes[size] = learnt
+
+
+_MOST_SHAPES: Final = 64
+_LONGEST_SHAPE: Final = 4096  # bytes of a table
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Tables of texts whose names and lengths, and some of whose texts, are always the same."""
+
+    entries: Mapping[str, tuple[bytes, bytes]]  # of the last that was learnt from: what comes before a text, and it
+    changing: frozenset[str]  # the names of the texts that are not the same
+    cut: Callable[[bytes, int], tuple[bytes, ...]]  # into what is the same, a text, what is the same, a text, ...
+    same: tuple[bytes, ...]
+    names: tuple[str, ...]  # of the texts in between
+    values: dict[str, object]  # in their order; what changes is written over
+
+
+def _shape_of(table: bytes, read: Table, before: _Shape | None) -> _Shape | None:
+    """The shape of *table*: the same is what is the same in it and in those that had the shape *before*.
+
+    None if it holds something else than texts, or a name twice.
+    """
+    if read.foreign or not all(type(value) is str for value in read.values.values()):
+        return None
+    entries: dict[str, tuple[bytes, bytes]] = {}
+    at = 0
+    for name in read.values:
+        begin, at = at, at + table[at] + 6
+        stop = at + _U32.unpack_from(table, at - 4)[0]
+        entries[name] = table[begin:at], table[at:stop]
+        at = stop
+    changing = frozenset[str]()
+    if before is not None and _layout(entries) == _layout(before.entries):
+        changing = before.changing.union(name for name in entries if entries[name] != before.entries[name])
+    same, names = [b""], list[str]()
+    for name, (start, text) in entries.items():
+        same[-1] += start
+        if name in changing:
+            names.append(name)
+            same.append(b"")
+        else:
+            same[-1] += text
+    sizes = [len(same[0])]
+    for name, piece in zip(names, same[1:], strict=True):
+        sizes += [len(entries[name][1]), len(piece)]
+    cut = struct.Struct("".join(f"{size}s" for size in sizes)).unpack_from
+    return _Shape(entries, changing, cut, tuple(same), tuple(names), dict(read.values))
+
+
+def _layout(entries: Mapping[str, tuple[bytes, bytes]]) -> list[bytes]:
+    return [start for start, _ in entries.values()]
 
 
 def _repeated(data: bytes, at: int, end: int) -> dict[str, bytes]:
@@ -606,19 +659,31 @@ def read_deliver(data: bytes, at: int, end: int) -> tuple[int, bool, str, str]:
     try:
         at += 1 + data[at]  # the consumer's tag
         tag, bits = _TAG_AND_BITS.unpack_from(data, at)
-        at += 9
-        middle = at + 1 + data[at]
-        stop = middle + 1 + data[middle]
     except (IndexError, struct.error) as error:
         raise Malformed(f"basic.deliver: {error}") from None
-    if stop != end:
+    where = data[at + 9 : end]
+    return tag, bits & 1 == 1, *(_ROUTES.get(where) or _route(where))
+
+
+_MOST_ROUTES: Final = 4096
+# A queue's deliveries come by few. Not an lru_cache: that writes to three entries to find one.
+_ROUTES: Final[dict[bytes, tuple[str, str]]] = {}
+
+
+def _route(where: bytes) -> tuple[str, str]:
+    """The exchange and the routing key that *where* holds, and nothing else."""
+    try:
+        middle = 1 + where[0]
+        stop = middle + 1 + where[middle]
+    except IndexError as error:
+        raise Malformed(f"basic.deliver: {error}") from None
+    if stop != len(where):
         raise Malformed("a basic.deliver that ends before or behind its frame")
-    return tag, bits & 1 == 1, *_route(data[at + 1 : middle], data[middle + 1 : stop])
-
-
-@lru_cache(maxsize=4096)  # a queue's deliveries come by few routes
-def _route(exchange: bytes, key: bytes) -> tuple[str, str]:
-    return str(exchange, "utf-8", "replace"), str(key, "utf-8", "surrogateescape")
+    if len(_ROUTES) >= _MOST_ROUTES:
+        _ROUTES.clear()
+    route = str(where[1:middle], "utf-8", "replace"), str(where[middle + 1 :], "utf-8", "surrogateescape")
+    _ROUTES[where] = route
+    return route
 
 
 def read_body_size(data: bytes, at: int, end: int) -> int:

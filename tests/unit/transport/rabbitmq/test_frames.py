@@ -188,6 +188,64 @@ def test_tables_that_begin_like_the_one_before_are_read_as_if_alone(tables: list
             read.values.clear()  # is the caller's
 
 
+ONE_CHARACTER = st.sampled_from([b"1", b"2", b"\xff"])
+ONE_ENTRY = st.tuples(st.sampled_from("ab"), ONE_CHARACTER | st.just(b"d"))
+
+
+@given(st.lists(st.lists(ONE_ENTRY, min_size=1, max_size=3), max_size=40))
+def test_tables_that_are_equally_long_are_read_as_if_alone(tables: list[list[tuple[str, bytes]]]) -> None:
+    """Whatever the reader has learnt of the ones before: the same names, other names, other texts, other types."""
+    reader = frames.TableReader()
+    for table in tables:
+        entries = b"".join(
+            named(name) + (b"I" + bytes(4) if text == b"d" else b"S" + sized(text)) for name, text in table
+        )
+        alone = frames.read_table(entries, 0, len(entries))
+
+        read = reader.read(b"before" + entries + b"behind", 6, 6 + len(entries))
+
+        assert same(read.values, alone.values)
+        assert list(read.values) == list(alone.values)
+        assert read.foreign == alone.foreign
+        read.values.clear()  # is the caller's
+
+
+def test_what_is_the_same_in_the_tables_of_a_size_is_compared_and_no_more_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = frames.TableReader()
+
+    def table(type_: str, id_: str) -> bytes:
+        return named("type") + b"S" + sized(type_.encode()) + named("id") + b"S" + sized(id_.encode())
+
+    def is_known(type_: str, id_: str) -> bool:
+        entries = table(type_, id_)
+        read_before = len(read)
+        assert reader.read(entries, 0, len(entries)).values == {"type": type_, "id": id_}
+        return len(read) == read_before
+
+    def spy(data: bytes, begin: int, end: int) -> frames.Table:
+        read.append(data[begin:end])
+        return read_table(data, begin, end)
+
+    read, read_table = list[bytes](), frames.read_table
+    monkeypatch.setattr(frames, "read_table", spy)
+    assert [is_known("placed", "1"), is_known("placed", "2"), is_known("placed", "3")] == [False, False, True]
+    assert is_known("placed", "ä") is False  # of another size
+    # Another text where it was the same: seldom enough that one of many senders costs the others little.
+    assert [is_known("closed", str(number)) for number in range(3)] == [False, False, True]
+    assert is_known("placed", "9")
+
+
+def test_a_reader_remembers_no_more_sizes_than_it_may() -> None:
+    reader = frames.TableReader()
+    for size in [*range(200), 5000]:
+        entries = named("a") + b"S" + sized(b"x" * size)
+        for _ in range(3):
+            assert reader.read(entries, 0, len(entries)).values == {"a": "x" * size}
+
+    assert len(reader._shapes) <= 64
+    assert max(reader._shapes) < 4096
+
+
 def test_a_table_that_ends_within_what_the_one_before_began_with_is_read_to_its_own_end() -> None:
     reader = frames.TableReader()
     one, other = named("a") + b"S" + sized(b"1"), named("b") + b"S" + sized(b"2")
