@@ -180,12 +180,16 @@ def test_tables_that_begin_like_the_one_before_are_read_as_if_alone(tables: list
     reader = frames.TableReader()
     for begin, end in tables:
         for entries in (begin + end, begin, begin + end, end + begin):
-            alone = frames.read_table(entries, 0, len(entries))
-            read = reader.read(b"before" + entries + b"behind", 6, 6 + len(entries))
-            assert same(read.values, alone.values)
-            assert list(read.values) == list(alone.values)
-            assert read.foreign == alone.foreign
-            read.values.clear()  # is the caller's
+            check_read_as_if_alone(reader, entries)
+
+
+def check_read_as_if_alone(reader: frames.TableReader, entries: bytes) -> None:
+    alone = frames.read_table(entries, 0, len(entries))
+    read = reader.read(b"before" + entries + b"behind", 6, 6 + len(entries))
+    assert same(read.values, alone.values)
+    assert list(read.values) == list(alone.values)
+    assert read.foreign == alone.foreign
+    read.values.clear()  # is the caller's
 
 
 ONE_CHARACTER = st.sampled_from([b"1", b"2", b"\xff"])
@@ -200,14 +204,7 @@ def test_tables_that_are_equally_long_are_read_as_if_alone(tables: list[list[tup
         entries = b"".join(
             named(name) + (b"I" + bytes(4) if text == b"d" else b"S" + sized(text)) for name, text in table
         )
-        alone = frames.read_table(entries, 0, len(entries))
-
-        read = reader.read(b"before" + entries + b"behind", 6, 6 + len(entries))
-
-        assert same(read.values, alone.values)
-        assert list(read.values) == list(alone.values)
-        assert read.foreign == alone.foreign
-        read.values.clear()  # is the caller's
+        check_read_as_if_alone(reader, entries)
 
 
 def test_what_is_the_same_in_the_tables_of_a_size_is_compared_and_no_more_read(monkeypatch: pytest.MonkeyPatch) -> None:
