@@ -11,7 +11,7 @@ from pydantic_core import SchemaValidator
 
 from eventbus.envelope import JSON, Envelope
 from eventbus.errors import EnvelopeError
-from eventbus.event import split_type
+from eventbus.event import refusal_of, split_type
 from eventbus.service import Key, Subscription
 
 MOST_KNOWN: Final = 10_000  # types; foreign senders may use any number of them
@@ -25,7 +25,7 @@ class Interest:
     """One subscription's interest in the events of one type: what is the same for all of them, worked out once.
 
     With a thousand types, whatever is looked up for an event was last used a thousand events before, and is in no
-    cache of the processor's any more: all of it together takes longer than to validate the event (PERFORMANCE.md).
+    cache of the processor's any more (PERFORMANCE.md). A model that is rebuilt by force is read as it was.
     """
 
     __slots__ = (
@@ -34,7 +34,7 @@ class Interest:
     )  # fmt: skip
 
     def __init__(self, service: str, subscription: Subscription, type_: str) -> None:
-        """*service* is the name of the subscription's."""
+        """*service* is the name of the subscription's service."""
         self.subscription, self.type = subscription, type_
         self.handler, self.function = subscription.handler, subscription.function
         self.takes_context = subscription.takes_context
@@ -52,16 +52,17 @@ class Interest:
             UnknownVersion: the annotation names no class for this type.
             EnvelopeError: the data is not what the class says; its reason is `invalid-data`.
         """
-        if self._validate is not None and envelope.datacontenttype == JSON:
-            try:
-                return self._validate(envelope.data)
-            except Exception:  # noqa: BLE001, S110  # asked again below, which says what is wrong
-                pass
-        if self._model is not None:
+        if self._model is None:
+            if self.subscription.reads.envelope:
+                return envelope
+            raise UnknownVersion(f"handler {self.handler!r} reads {self.subscription.reads}, not {self.type}")
+        if self._validate is None or envelope.datacontenttype != JSON:
             return envelope.event(self._model)
-        if self.subscription.reads.envelope:
-            return envelope
-        raise UnknownVersion(f"handler {self.handler!r} reads {self.subscription.reads}, not {self.type}")
+        try:
+            return self._validate(envelope.data)  # as `event` does, which looks the validator up
+        except Exception as error:  # noqa: BLE001  # a validator's own bug, too
+            refusal = refusal_of(self._model, error)
+        raise refusal
 
     def idempotency_key(self, envelope: Envelope, event: object) -> str:
         """The key that tells this handler's work on this event from all other work.
@@ -71,11 +72,14 @@ class Interest:
         """
         if self._key is None:
             return f"{self._head}{envelope.source} {envelope.id}"
-        return self._head + _value(self._key, event)
+        return f"{self._head}{_value(self._key, event)}"
 
 
 def _validate_of(model: type[BaseModel] | None) -> Callable[[bytes], BaseModel] | None:
-    """What reads JSON as *model*; None where it has to be asked for each time, as the class is not fully defined."""
+    """What reads JSON as *model*; None where it has to be asked for each time.
+
+    That is so where the class is not fully defined, and where a plugin of pydantic's watches.
+    """
     validator = None if model is None else model.__pydantic_validator__
     return validator.validate_json if isinstance(validator, SchemaValidator) else None
 

@@ -305,7 +305,7 @@ def headers_of(envelope: Envelope) -> dict[str, object]:
             "itself: publish the event inside, or call its data application/json"
         )
     headers: dict[str, object] = {
-        # First what is the same for all events of a type: who reads many compares it instead of reading it.
+        # First what is the same for all events of a type: who reads many compares it at once instead of reading it.
         "cloudEvents_specversion": SPECVERSION,
         "cloudEvents_source": envelope.source,
         "cloudEvents_type": envelope.type,
@@ -355,7 +355,7 @@ def decode(message: Message, *, now: Callable[[], datetime]) -> Envelope:
 def _plain(message: Message) -> Envelope | None:
     """The envelope of JSON with what every event says about itself, and nothing else; None for any other message.
 
-    Nearly all are like this, and to read them like all others takes half as long again.
+    Most that have no cause and no trace are like this, and to read them like all others takes half as long again.
     """
     headers = message.headers
     if len(headers) != _PLAIN_HEADERS or message.content_type != JSON:

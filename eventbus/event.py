@@ -215,17 +215,22 @@ def from_json(model: type[M], data: bytes) -> M:
 
     Raises:
         EnvelopeError: with the reason `invalid-data`; it names places and kinds, never a value.
+        SetupError: *model* is not fully defined.
     """
     try:
         return model.__pydantic_validator__.validate_json(data)  # type: ignore[no-any-return]
-    except ValidationError as error:
-        why = _places(model, error)
-    except PydanticUserError as error:
-        raise SetupError(f"{_where(model)} is not fully defined: call {model.__name__}.model_rebuild()") from error
     except Exception as error:  # noqa: BLE001  # a validator's own bug: the same data will meet it again
-        why = _bug(error)
+        refusal = refusal_of(model, error)
     # Not chained: the cause may quote the data, and its traceback would be printed with this one's.
-    raise EnvelopeError(f"the data does not fit {_title(model)}: {why}", reason="invalid-data")
+    raise refusal
+
+
+def refusal_of(model: type[BaseModel], error: Exception) -> EnvelopeError | SetupError:
+    """What to raise, outside of the `except`, where data were read as *model* and that raised *error*: see above."""
+    if isinstance(error, PydanticUserError):
+        return SetupError(f"{_where(model)} is not fully defined: call {model.__name__}.model_rebuild()")
+    why = _places(model, error) if isinstance(error, ValidationError) else _bug(error)
+    return EnvelopeError(f"the data does not fit {_title(model)}: {why}", reason="invalid-data")
 
 
 def _title(model: type[BaseModel]) -> str:

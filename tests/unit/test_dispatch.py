@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -171,9 +170,27 @@ def test_a_retry_finds_its_handler_by_name_whatever_the_type() -> None:
     assert found.of("gone", "a") is None
 
 
-def test_what_is_the_same_for_all_events_of_a_type_is_looked_up_once() -> None:
-    interest = interest_in(Placed)
-    validate: Callable[..., Any] | None = interest._validate
+def test_what_is_the_same_for_all_events_of_a_type_is_worked_out_once() -> None:
+    subscriptions: Any = [Subscribed("#")]
+    found = Dispatch("shop", subscriptions)
 
-    assert validate == Placed.__pydantic_validator__.validate_json
-    assert interest.timeout_s == 7
+    assert found.wanting("a") is found.wanting("a")
+    assert found.wanting("a")[0].timeout_s == 1
+
+
+def test_data_are_validated_once_also_where_they_do_not_fit() -> None:
+    seen = list[int]()
+
+    class Checked(Event, name="order_placed"):
+        order_id: int
+
+        @field_validator("order_id")
+        @classmethod
+        def check(cls, order_id: int) -> int:
+            seen.append(order_id)
+            raise ValueError("never")
+
+    with pytest.raises(EnvelopeError, match="order_id: value_error"):
+        interest_in(Checked).read(envelope_of(b'{"order_id": 7}'))
+
+    assert seen == [7]

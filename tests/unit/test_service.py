@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -665,6 +666,15 @@ def test_names_with_slashes_do_not_run_into_the_value() -> None:
 
     assert of("a/b", "c") != of("a", "b/c")
     assert of("a%2Fb", "c") != of("a/b", "c")
+
+
+class Status(str, Enum):  # noqa: UP042  # what older programs have
+    NEW = "new"
+
+
+def test_a_function_s_text_is_written_as_a_format_writes_it() -> None:
+    """Keys that were stored by an earlier version are found again, and what `str` makes of an Enum is not its value."""
+    assert key(ORDER, idempotency_key=lambda _: Status.NEW) == f"shop/h/order_placed/{Status.NEW}"
 
 
 def test_a_computed_field_is_a_key() -> None:

@@ -127,15 +127,18 @@ class TableReader:
     an event's type, its sender. What was the same before is compared; only the rest is read.
     """
 
-    __slots__ = ("_misses", "_shapes")
+    __slots__ = ("_missed", "_misses", "_shapes")
 
     def __init__(self) -> None:
-        self._shapes: dict[int, _Shape] = {}  # by the table's size
+        self._shapes: dict[int, _Shape] = {}  # by the table's size and its telling byte
         self._misses: dict[int, int] = {}
+        self._missed = 0
 
     def read(self, data: bytes, at: int, end: int) -> Table:
         """As `read_table`."""
-        shape = self._shapes.get(end - at)
+        size = end - at
+        sort = size << 8 | data[at + _TELLING] if size > _TELLING else size
+        shape = self._shapes.get(sort)
         if shape is not None:
             pieces = shape.cut(data, at)
             if pieces[::2] == shape.same:
@@ -148,28 +151,39 @@ class TableReader:
                 except UnicodeDecodeError:
                     pass  # bytes, then, and foreign
                 else:
-                    return Table(values, {})
+                    return Table(values, shape.foreign.copy())
         table = read_table(data, at, end)
-        if shape is not None or (len(self._shapes) < _MOST_SHAPES and 0 < end - at <= _LONGEST_SHAPE):
-            self._learn(data[at:end], table, shape)
+        if _TELLING < size <= _LONGEST_SHAPE:
+            self._learn(sort, data[at:end], table)
         return table
 
-    def _learn(self, entries: bytes, table: Table, shape: _Shape | None) -> None:
-        """Read the next of this size by *shape*, less what is another text in this one."""
-        size = len(entries)
-        misses = self._misses[size] = self._misses.get(size, 0) + 1
-        # Ever more rarely, or tables that have nothing in common but their size would cost many times as much.
-        if misses & (misses - 1) == 0 and (learnt := _shape_of(entries, table, shape)) is not None:
-            self._shapes[size] = learnt
+    def _learn(self, sort: int, entries: bytes, table: Table) -> None:
+        """Read the next of this *sort* by a shape, less what is another text in this one."""
+        self._missed += 1
+        if self._missed == _FORGET_AFTER:
+            # Senders come and go. And if few tables have anything in common, to learn must cost little beside to read.
+            self._missed = 0
+            self._shapes.clear()
+            self._misses.clear()
+        before = self._shapes.get(sort)
+        if before is None and len(self._shapes) >= _MOST_SHAPES:
+            return
+        misses = self._misses[sort] = self._misses.get(sort, 0) + 1
+        if misses & (misses - 1) == 0 and (shape := _shape_of(entries, table, before)) is not None:
+            self._shapes[sort] = shape
 
 
-_MOST_SHAPES: Final = 64
+# The byte that tells tables of one size apart. In ours it is the length of the sender's name, and then the type's is
+# known as well; in others it is any byte, and what they have in common is found more rarely.
+_TELLING: Final = 55
+_MOST_SHAPES: Final = 256
 _LONGEST_SHAPE: Final = 4096  # bytes of a table
+_FORGET_AFTER: Final = 10_000  # tables that no shape fits
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Tables of texts whose names and lengths, and some of whose texts, are always the same."""
+    """Tables whose names and lengths, and some of whose values, are always the same."""
 
     entries: Mapping[str, tuple[bytes, bytes]]  # of the last that was learnt from: what comes before a text, and it
     changing: frozenset[str]  # the names of the texts that are not the same
@@ -177,29 +191,33 @@ class _Shape:
     same: tuple[bytes, ...]
     names: tuple[str, ...]  # of the texts in between
     values: dict[str, object]  # in their order; what changes is written over
+    foreign: dict[str, bytes]
 
 
 def _shape_of(table: bytes, read: Table, before: _Shape | None) -> _Shape | None:
-    """The shape of *table*: the same is what is the same in it and in those that had the shape *before*.
+    """The shape of *table*: the same is what is the same in it and in all that were learnt from until *before*.
 
-    None if it holds something else than texts, or a name twice.
+    None if it holds something else than texts, numbers and bools, or a name twice.
     """
-    if read.foreign or not all(type(value) is str for value in read.values.values()):
+    if not all(type(value) in _PLAIN_TYPES for value in read.values.values()):
         return None
     entries: dict[str, tuple[bytes, bytes]] = {}
     at = 0
     for name in read.values:
-        begin, at = at, at + table[at] + 6
-        stop = at + _U32.unpack_from(table, at - 4)[0]
-        entries[name] = table[begin:at], table[at:stop]
-        at = stop
+        begin, at = at, at + 1 + table[at]
+        text_at = at + 5 if table[at] == _TEXT else len(table)
+        _, at = _read_value(table, at, len(table), 0)
+        entries[name] = table[begin : min(text_at, at)], table[text_at:at]
+    if at != len(table):
+        return None
     changing = frozenset[str]()
-    if before is not None and _layout(entries) == _layout(before.entries):
-        changing = before.changing.union(name for name in entries if entries[name] != before.entries[name])
+    if before is not None:  # also where the names or lengths are others: what has changed once will change again
+        changed = {name for name, entry in entries.items() if entry != before.entries.get(name)}
+        changing = before.changing | changed
     same, names = [b""], list[str]()
     for name, (start, text) in entries.items():
         same[-1] += start
-        if name in changing:
+        if name in changing and type(read.values[name]) is str:
             names.append(name)
             same.append(b"")
         else:
@@ -208,11 +226,10 @@ def _shape_of(table: bytes, read: Table, before: _Shape | None) -> _Shape | None
     for name, piece in zip(names, same[1:], strict=True):
         sizes += [len(entries[name][1]), len(piece)]
     cut = struct.Struct("".join(f"{size}s" for size in sizes)).unpack_from
-    return _Shape(entries, changing, cut, tuple(same), tuple(names), dict(read.values))
+    return _Shape(entries, changing, cut, tuple(same), tuple(names), dict(read.values), dict(read.foreign))
 
 
-def _layout(entries: Mapping[str, tuple[bytes, bytes]]) -> list[bytes]:
-    return [start for start, _ in entries.values()]
+_PLAIN_TYPES: Final = frozenset({str, int, bool})  # nobody can change their values
 
 
 def _repeated(data: bytes, at: int, end: int) -> dict[str, bytes]:

@@ -192,55 +192,111 @@ def check_read_as_if_alone(reader: frames.TableReader, entries: bytes) -> None:
     read.values.clear()  # is the caller's
 
 
-ONE_CHARACTER = st.sampled_from([b"1", b"2", b"\xff"])
-ONE_ENTRY = st.tuples(st.sampled_from("ab"), ONE_CHARACTER | st.just(b"d"))
+TEXTS = st.sampled_from([b"", b"1", b"2", b"\xff", b"12", b"\xc3\xa4", b"\xc3", b"\xa4"])
+VALUES = st.one_of(
+    TEXTS.map(lambda text: b"S" + sized(text)), st.sampled_from([b"t\x01", b"t\x00", b"b\x02", b"b\x03", b"V"])
+)
+ENTRIES = st.lists(st.tuples(st.sampled_from(["a", "b", "c", "ab"]), VALUES), max_size=4)
 
 
-@given(st.lists(st.lists(ONE_ENTRY, min_size=1, max_size=3), max_size=40))
-def test_tables_that_are_equally_long_are_read_as_if_alone(tables: list[list[tuple[str, bytes]]]) -> None:
-    """Whatever the reader has learnt of the ones before: the same names, other names, other texts, other types."""
+@given(st.lists(st.tuples(st.sampled_from([0, 50, 60]), ENTRIES, st.none() | st.integers(0, 99)), max_size=40))
+def test_tables_that_are_equally_long_are_read_as_if_alone(
+    tables: list[tuple[int, list[tuple[str, bytes]], int | None]],
+) -> None:
+    """Whatever the reader has learnt of the ones before: other names, texts, lengths and types, and damaged ones."""
     reader = frames.TableReader()
-    for table in tables:
-        entries = b"".join(
-            named(name) + (b"I" + bytes(4) if text == b"d" else b"S" + sized(text)) for name, text in table
-        )
-        check_read_as_if_alone(reader, entries)
+    for padding, entries, damaged in tables:
+        table = named("p") + b"S" + sized(b"x" * padding)
+        table += b"".join(named(name) + value for name, value in entries)
+        if damaged is not None:
+            place = damaged % len(table)
+            table = table[:place] + b"\xff" + table[place + 1 :]
+        try:
+            frames.read_table(table, 0, len(table))
+        except Malformed:
+            with pytest.raises(Malformed):
+                reader.read(b"before" + table + b"behind", 6, 6 + len(table))
+        else:
+            check_read_as_if_alone(reader, table)
 
 
-def test_what_is_the_same_in_the_tables_of_a_size_is_compared_and_no_more_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = frames.TableReader()
-
-    def table(type_: str, id_: str) -> bytes:
-        return named("type") + b"S" + sized(type_.encode()) + named("id") + b"S" + sized(id_.encode())
-
-    def is_known(type_: str, id_: str) -> bool:
-        entries = table(type_, id_)
-        read_before = len(read)
-        assert reader.read(entries, 0, len(entries)).values == {"type": type_, "id": id_}
-        return len(read) == read_before
-
-    def spy(data: bytes, begin: int, end: int) -> frames.Table:
-        read.append(data[begin:end])
-        return read_table(data, begin, end)
-
-    read, read_table = list[bytes](), frames.read_table
-    monkeypatch.setattr(frames, "read_table", spy)
-    assert [is_known("placed", "1"), is_known("placed", "2"), is_known("placed", "3")] == [False, False, True]
-    assert is_known("placed", "ä") is False  # of another size
-    # Another text where it was the same: seldom enough that one of many senders costs the others little.
-    assert [is_known("closed", str(number)) for number in range(3)] == [False, False, True]
-    assert is_known("placed", "9")
+def headers(source: str, type_: str, id_: str) -> bytes:
+    """The entries of an event's headers."""
+    attributes = {"specversion": "1.0", "source": source, "type": type_, "id": id_}
+    table = frames.write_plain({f"cloudEvents_{name}": value for name, value in attributes.items()}, {})
+    assert table is not None
+    return table[4:]
 
 
-def test_a_reader_remembers_no_more_sizes_than_it_may() -> None:
-    reader = frames.TableReader()
-    for size in [*range(200), 5000]:
-        entries = named("a") + b"S" + sized(b"x" * size)
-        for _ in range(3):
-            assert reader.read(entries, 0, len(entries)).values == {"a": "x" * size}
+class Spied:
+    """A reader of tables, and how many of them it has to read as if alone."""
 
-    assert len(reader._shapes) <= 64
-    assert max(reader._shapes) < 4096
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alone = 0
+        self._reader, self._read_table = frames.TableReader(), frames.read_table
+        monkeypatch.setattr(frames, "read_table", self._spy)
+
+    def _spy(self, data: bytes, begin: int, end: int) -> frames.Table:
+        self.alone += 1
+        return self._read_table(data, begin, end)
+
+    def read(self, entries: bytes) -> bool:
+        """Whether it was known."""
+        alone = self.alone
+        read = self._reader.read(entries, 0, len(entries))
+        assert read == self._read_table(entries, 0, len(entries))
+        return self.alone == alone
+
+
+def test_what_is_the_same_in_tables_is_compared_and_no_more_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Spied(monkeypatch)
+
+    assert [reader.read(headers("/shop", "placed", str(number))) for number in range(4)] == [False, False, True, True]
+    assert not reader.read(headers("/shop", "placed", "10"))  # of another size
+    # Another text where it was the same: then that is read, too.
+    assert [reader.read(headers("/shop", "closed", str(number))) for number in range(3)] == [False, False, True]
+    assert reader.read(headers("/shop", "placed", "9"))
+
+
+def test_senders_of_many_lengths_and_a_thousand_types_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Spied(monkeypatch)
+    for number in range(10_000):
+        reader.read(headers("/services/" + "s" * (number % 7), f"placed_{number % 1009}.v1", f"{number:08}"))
+
+    assert reader.alone < 300
+
+
+def test_what_comes_by_once_is_forgotten_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Spied(monkeypatch)
+    for size in range(1000):
+        for _ in range(2):
+            reader.read(headers("/shop", "placed", "x" * size))
+    assert not any(reader.read(headers("/services/shop", "placed", f"{number:08}")) for number in range(3))
+
+    for number in range(20_000):
+        reader.read(headers("/services/shop", "placed", f"{number:08}"))
+        reader.read(headers("/shop", "placed", "x" * (number % 4000)))
+
+    assert reader.read(headers("/services/shop", "placed", "90000000"))
+
+
+@pytest.mark.parametrize("size", [1, 49, 5000])
+def test_tables_that_are_too_short_or_too_long_to_gain_are_not_remembered(size: int) -> None:
+    reader, entries = frames.TableReader(), named("a") + b"S" + sized(b"x" * (size - 7))
+    for _ in range(3):
+        assert reader.read(entries, 0, len(entries)).values == {"a": "x" * (size - 7)}
+
+    assert not reader._shapes
+
+
+def test_numbers_and_bools_are_the_same_or_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = Spied(monkeypatch)
+
+    def with_number(number: int, id_: str) -> bytes:
+        return headers("/shop", "placed", id_) + named("n") + b"b" + bytes((number,)) + named("t") + b"t\x01"
+
+    assert [reader.read(with_number(7, str(number))) for number in range(3)] == [False, False, True]
+    assert not reader.read(with_number(8, "3"))
 
 
 def test_a_table_that_ends_within_what_the_one_before_began_with_is_read_to_its_own_end() -> None:
