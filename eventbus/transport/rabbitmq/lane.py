@@ -27,6 +27,7 @@ from eventbus.transport.rabbitmq.acks import Ack, Settlement
 from eventbus.transport.rabbitmq.channels import ConsumerCancelled, Incoming, Nacked
 from eventbus.transport.rabbitmq.confirm import Confirm, go_on
 from eventbus.transport.rabbitmq.session import Calling, Lost, Session
+from eventbus.transport.rabbitmq.shapes import TableReader
 
 _METHOD: Final = struct.Struct(">I")
 _MAX_METHODS: Final = 1000  # kept encoded: event types are few, but the delay tree's keys are many
@@ -257,7 +258,7 @@ class LaneConsuming:
         self._begun: tuple[int, bool, str, str] | None = None
         self._message: Message | None = None
         self._properties: frames.Properties | None = None
-        self._read_table = frames.TableReader().read
+        self._read_table = TableReader().read
         self._missing = -1  # of the body; before the header came, nobody knows
         self._parts: list[bytes] = []
 
